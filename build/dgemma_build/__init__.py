@@ -1,0 +1,1 @@
+"""Checkpoint to engine: export, builders, manifests, parity reports, and the demo checkpoint."""

@@ -1,0 +1,1 @@
+"""The demo checkpoint: generated skills, tokenizer, training and evaluation."""

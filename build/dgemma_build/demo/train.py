@@ -1,0 +1,241 @@
+"""Train the demo checkpoint on generated data: `python -m dgemma_build.demo.train --output DIR`.
+
+Uniform-state diffusion: each example's canvas has a corruption level uniform in [0, 1], every position is replaced
+by a random token with that probability, and the loss is the cross-entropy over all canvas positions. Half of the
+examples are self-conditioned on a first pass without gradient. Matrices are trained with Muon, the rest with AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import queue
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from dgemma_build.demo.model import DemoConfig, Denoiser
+from dgemma_build.demo.skills import SKILLS, draw
+from dgemma_build.demo.tokenizer import TURN_END, build_tokenizer, render_turn
+
+SHORT_CONTEXT = 64  # tokens; skills whose context always fits one canvas worth
+LONG_CONTEXT = 256
+LONG_SKILLS = ("table",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training run does; every number that shapes the weights is here."""
+
+    steps: int
+    short_batch: int = 48
+    long_batch: int = 12
+    seed: int = 0
+    vocab_size: int = 1024
+    muon_lr: float = 0.02
+    adam_lr: float = 0.004
+    warmup: int = 100
+    balance_weight: float = 0.01
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz iterations (Jordan et al., 2024); 3-D weights as stacks of matrices."""
+
+    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                buffer.lerp_(weight.grad, 1 - group["momentum"])
+                update = _orthogonal(weight.grad.lerp(buffer, group["momentum"]))
+                weight.add_(update, alpha=-group["lr"] * max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5)
+
+
+def _orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.bfloat16()
+    transpose = x.shape[-2] > x.shape[-1]
+    if transpose:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if transpose else x).float()
+
+
+# ---------------------------------------------------------------- data
+
+
+def canvases(tokenizer: Tokenizer, skill: str, rng: random.Random, canvas_length: int) -> tuple[list[int], list[int]]:
+    """One (context ids, clean canvas ids) pair; of a long answer one canvas is drawn, the ones before it are context."""
+    example = draw(skill, rng, held_out=False)
+    prompt = tokenizer.encode(render_turn(example.prompt), add_special_tokens=False).ids
+    answer = tokenizer.encode(example.answer + TURN_END, add_special_tokens=False).ids
+    answer += [0] * (-len(answer) % canvas_length)
+    start = canvas_length * rng.randrange(len(answer) // canvas_length)
+    return prompt + answer[:start], answer[start : start + canvas_length]
+
+
+def _pack(pairs: list[tuple[list[int], list[int]]], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    context = torch.zeros(len(pairs), width, dtype=torch.long)
+    for row, (ids, _) in enumerate(pairs):
+        context[row, : len(ids)] = torch.tensor(ids)
+    lengths = torch.tensor([len(ids) for ids, _ in pairs])
+    return context, lengths, torch.tensor([ids for _, ids in pairs])
+
+
+def _produce(out: Queue[object], tokenizer_json: str, plan: Plan, canvas_length: int, first_step: int) -> None:
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    short = [skill for skill in SKILLS if skill not in LONG_SKILLS]
+    for step in range(first_step, plan.steps):
+        rng = random.Random(f"{plan.seed}:{step}")
+        parts: list[Tensor] = []
+        for skills, count, width in (
+            (short, plan.short_batch, SHORT_CONTEXT),
+            (list(LONG_SKILLS), plan.long_batch, LONG_CONTEXT),
+        ):
+            weights = [SKILLS[skill].weight for skill in skills]
+            pairs: list[tuple[list[int], list[int]]] = []
+            while len(pairs) < count:
+                pair = canvases(tokenizer, rng.choices(skills, weights)[0], rng, canvas_length)
+                if len(pair[0]) <= width:
+                    pairs.append(pair)
+            parts += _pack(pairs, width)
+        out.put([part.numpy() for part in parts])
+
+
+def batches(tokenizer: Tokenizer, plan: Plan, canvas_length: int, first_step: int) -> Iterator[list[Tensor]]:
+    """Per step: context, lengths and canvas of the short batch, then of the long one; made in a second process."""
+    context = get_context("spawn")
+    out: Queue[object] = context.Queue(maxsize=8)
+    args = (out, tokenizer.to_str(), plan, canvas_length, first_step)
+    worker = context.Process(target=_produce, args=args, daemon=True)
+    worker.start()
+    for _ in range(first_step, plan.steps):
+        while True:
+            try:
+                arrays = out.get(timeout=5)
+                break
+            except queue.Empty:
+                if not worker.is_alive():
+                    raise RuntimeError(f"the data process ended with exit code {worker.exitcode}") from None
+        yield [torch.from_numpy(array) for array in arrays]  # type: ignore[attr-defined]
+    worker.join()
+
+
+# ---------------------------------------------------------------- loss
+
+
+def loss_of(
+    model: Denoiser, forward: object, context: Tensor, lengths: Tensor, clean: Tensor, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross-entropy, load-balance loss and accuracy [B] of one batch of clean canvases [B, C]."""
+    batch, width = clean.shape
+    level = torch.rand(batch, 1, generator=rng)
+    noise = torch.randint(model.config.vocab_size, clean.shape, generator=rng)
+    noisy = torch.where(torch.rand(clean.shape, generator=rng) < level, noise, clean)
+    soft = torch.zeros(batch, width, model.config.hidden_size)
+    half = batch // 2
+    with torch.no_grad():
+        logits, _ = forward(context[:half], lengths[:half], noisy[:half], soft[:half])  # type: ignore[operator]
+        temperature = 0.4 + 0.6 * torch.rand(half, 1, 1, generator=rng)
+        soft[:half] = model.soft_embedding(logits / temperature)
+    logits, balance = forward(context, lengths, noisy, soft)  # type: ignore[operator]
+    loss = F.cross_entropy(logits.flatten(0, 1), clean.flatten())
+    return loss, balance, (logits.argmax(-1) == clean).float().mean(-1)
+
+
+def _rate(step: int, plan: Plan) -> float:
+    """Share of the peak learning rate: linear warm-up, flat, then linear to zero over the last 40 percent."""
+    decay_from = 0.6 * plan.steps
+    if step < plan.warmup:
+        return (step + 1) / plan.warmup
+    return 1.0 if step < decay_from else max(0.0, (plan.steps - step) / (plan.steps - decay_from))
+
+
+def train(plan: Plan, output: Path, resume: bool, compiled: bool) -> None:
+    """Run the plan, write `training.pt`, `tokenizer.json` and `train_log.jsonl` to `output`."""
+    torch.manual_seed(plan.seed)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(plan.vocab_size, plan.seed)
+    model = Denoiser(DemoConfig(vocab_size=tokenizer.get_vocab_size()))
+    hidden = [p for p in model.parameters() if p.ndim >= 2 and p is not model.embed_tokens.weight]
+    others = [p for p in model.parameters() if not any(p is q for q in hidden)]
+    optimizers = [
+        Muon(hidden, plan.muon_lr),
+        torch.optim.AdamW(others, plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    first_step, state_file = 0, output / "training.pt"
+    if resume and state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        first_step = state["step"]
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    log = (output / "train_log.jsonl").open("a")
+    started = time.monotonic()
+    total = sum(p.numel() for p in model.parameters())
+    log.write(json.dumps({"parameters": total, "plan": plan.__dict__, "first_step": first_step}) + "\n")
+    for step, data in enumerate(batches(tokenizer, plan, model.config.canvas_length, first_step), first_step):
+        rng = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+        for optimizer, peak in zip(optimizers, (plan.muon_lr, plan.adam_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * _rate(step, plan)
+        figures = {}
+        for name, part, weight in (("short", data[:3], 0.7), ("long", data[3:], 0.3)):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss, balance, accuracy = loss_of(model, forward, *part, rng)
+            (weight * (loss + plan.balance_weight * balance)).backward()  # type: ignore[no-untyped-call]
+            figures[name] = round(loss.item(), 4)
+            figures[f"{name}_accuracy"] = round(accuracy.mean().item(), 4)
+            figures[f"{name}_balance"] = round(balance.item(), 3)
+        norm = torch.nn.utils.clip_grad_norm_(others, 1.0)
+        if not math.isfinite(norm.item()):
+            raise RuntimeError(f"step {step}: the gradient norm is {norm.item()}")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0 or step + 1 == plan.steps:
+            line = {"step": step, **figures, "seconds": round(time.monotonic() - started, 1)}
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            print(line, flush=True)
+        if (step + 1) % 250 == 0 or step + 1 == plan.steps:
+            saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
+            torch.save(saved, state_file.with_suffix(".tmp"))
+            state_file.with_suffix(".tmp").replace(state_file)
+    tokenizer.save(str(output / "tokenizer.json"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/training.pt")
+    parser.add_argument("--no-compile", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    train(Plan(steps=args.steps, seed=args.seed), args.output, args.resume, not args.no_compile)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What builder, scheduler and engines agree on: the manifest of an engine directory and the engine interface.
+
+Knows no engine library. `dgemma_build` writes manifests with it, `dgemma_runtime` reads them and drives engines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dgemma_runtime.errors import ManifestError
+
+MANIFEST_FILE = "config.json"
+FORMAT_VERSION = 1
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Attention of one layer: `kind` is `sliding_attention` or `full_attention`."""
+
+    kind: str
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What serving needs to know of the model; all from the checkpoint's config."""
+
+    vocab_size: int
+    hidden_size: int
+    canvas_length: int  # tokens
+    sliding_window: int  # tokens; a canvas sees the last sliding_window - 1 cached ones in sliding layers
+    max_position_embeddings: int  # tokens
+    layers: tuple[LayerSpec, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`config.json` of an engine directory: everything fixed at build time."""
+
+    model: ModelSpec
+    checkpoint: str  # name, for people
+    checkpoint_sha256: str  # of the checkpoint's config and weight files
+    backend: str  # onnxruntime, tensorrt, tensorrt_rtx
+    backend_version: str
+    target: str  # e.g. "cpu", "sm_90"
+    precision: str  # fp32, bf16, fp16, fp8, int4
+    onnx_sha256: str
+    max_model_len: int  # tokens, prompt and output together
+    max_batch_size: int  # canvases in one denoising step; 0 where the engine sets no limit
+    files: dict[str, str]  # relative path -> SHA-256
+    generation_defaults: dict[str, Any]  # of the checkpoint's generation_config.json
+    format_version: int = FORMAT_VERSION
+
+    def save(self, directory: Path) -> None:
+        """Write `config.json` last, so that a directory with a manifest is complete."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        temporary = directory / (MANIFEST_FILE + ".tmp")
+        temporary.write_text(text)
+        temporary.replace(directory / MANIFEST_FILE)
+
+    @staticmethod
+    def load(directory: Path, verify_hashes: bool = True) -> Manifest:
+        """Read and check `config.json`; raises ManifestError naming what is wrong and what to do."""
+        path = directory / MANIFEST_FILE
+        rebuild = "build the engine again with `dgemma-build engine`"
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ManifestError(f"{path}: not found; {rebuild}") from None
+        except (OSError, ValueError) as error:
+            raise ManifestError(f"{path}: not readable as JSON ({error}); {rebuild}") from None
+        if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
+            found = raw.get("format_version") if isinstance(raw, dict) else type(raw).__name__
+            raise ManifestError(f"{path}: format_version is {found!r}, this runtime reads {FORMAT_VERSION}; {rebuild}")
+        try:
+            model = dict(raw.pop("model"))
+            layers = tuple(LayerSpec(**layer) for layer in model.pop("layers"))
+            manifest = Manifest(model=ModelSpec(layers=layers, **model), **raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ManifestError(f"{path}: not a manifest ({error}); {rebuild}") from None
+        root = directory.resolve()
+        for name, expected in manifest.files.items():
+            file = (directory / name).resolve()
+            if not file.is_relative_to(root):
+                raise ManifestError(f"{path}: the file {name!r} lies outside of the engine directory")
+            if not file.is_file():
+                raise ManifestError(f"{directory / name}: listed in the manifest but missing; {rebuild}")
+            if verify_hashes and (found := file_sha256(file)) != expected:
+                raise ManifestError(
+                    f"{directory / name}: SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…; {rebuild}"
+                )
+        return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- engine
+
+
+@dataclass(frozen=True)
+class SequencePages:
+    """Where one sequence's keys and values live.
+
+    `full[i]` holds positions [i * page_size, (i + 1) * page_size) of the full-attention layers. `sliding[i]` holds the
+    same positions of the sliding layers, or -1 where they have left every window and the page was given back.
+    """
+
+    full: Int32Array  # [pages]
+    sliding: Int32Array  # [pages]
+
+
+@dataclass(frozen=True)
+class EncodeRow:
+    """A chunk of clean tokens to encode causally: prefill or commit."""
+
+    token_ids: Int32Array  # [n], 1 <= n <= EngineLimits.max_encode_tokens
+    position: int  # tokens of this sequence already in the cache
+    pages: SequencePages  # has room for position + n tokens
+
+
+@dataclass(frozen=True)
+class DenoiseRow:
+    """One step of one canvas."""
+
+    slot: int  # 0 <= slot < EngineLimits.max_batch_size; the engine keeps this canvas's state under it
+    canvas_ids: Int32Array  # [canvas_length]
+    uniforms: Float32Array  # [canvas_length], in [0, 1), for the categorical sample
+    temperature: float  # > 0
+    position: int  # context length: tokens in the cache before the canvas
+    pages: SequencePages
+    first_step: bool  # the soft embedding starts from zeros and the context may have changed
+
+
+@dataclass(frozen=True)
+class DenoiseResult:
+    """Per row and canvas position, from the tempered logits."""
+
+    argmax_ids: Int32Array  # [B, canvas_length]
+    sampled_ids: Int32Array  # [B, canvas_length]
+    entropies: Float32Array  # [B, canvas_length], nats
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine instance was given to work with."""
+
+    max_batch_size: int  # canvases per denoise call, and the number of slots
+    max_encode_tokens: int  # tokens per EncodeRow
+    page_size: int  # tokens per KV page
+    full_pages: int  # pages for the full-attention layers
+    sliding_pages: int  # pages for the sliding layers
+
+
+class Engine(Protocol):
+    """Owns weights and KV memory. Called from one thread only. Raises EngineError when it can no longer run."""
+
+    manifest: Manifest
+    limits: EngineLimits
+
+    def encode(self, rows: Sequence[EncodeRow]) -> None:
+        """Encode each row's tokens and write their keys and values into the row's pages."""
+        ...
+
+    def denoise(self, rows: Sequence[DenoiseRow]) -> DenoiseResult:
+        """One denoising step over distinct slots; keeps each row's soft embedding for that slot's next step."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """The canvas in `slot` is over; what the engine laid out for it may be dropped."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the engine holds; no other call may follow."""
+        ...
