@@ -1,0 +1,46 @@
+"""Client of a DiffusionGemma model on NVIDIA Triton: an asyncio library over gRPC and the command `dgemma`.
+
+    async with Client("127.0.0.1:8001") as client:
+        result = await client.generate("Why is the sky blue?", max_tokens=64, seed=1)
+        print(result.text)
+
+`client.stream(...)` gives typed events (`Preview`, `Delta`, `Done`) as they come.
+"""
+
+from dgemma_client.client import Client
+from dgemma_client.errors import (
+    Cancelled,
+    ClientError,
+    ConnectError,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    ServerError,
+)
+from dgemma_client.events import Delta, Done, Event, Preview, Result, ServerInfo, Statistics
+from dgemma_client.mock import MockTransport
+from dgemma_client.requests import Message, Parameters
+from dgemma_client.transport import GrpcTransport, Transport
+
+__all__ = [
+    "Cancelled",
+    "Client",
+    "ClientError",
+    "ConnectError",
+    "DeadlineExceeded",
+    "Delta",
+    "Done",
+    "Event",
+    "GrpcTransport",
+    "InvalidRequest",
+    "Message",
+    "MockTransport",
+    "Overloaded",
+    "Parameters",
+    "Preview",
+    "Result",
+    "ServerError",
+    "ServerInfo",
+    "Statistics",
+    "Transport",
+]

@@ -1,0 +1,83 @@
+"""What a generation tells its caller: previews, text, the end. Knows no tensor and no transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Figures of one request; tokens and steps as the server counted them, times as this client saw them."""
+
+    num_input_tokens: int
+    num_output_tokens: int
+    denoising_steps: int
+    canvases: int
+    time_to_first_canvas_ms: float
+    total_ms: float
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Output tokens per denoising step."""
+        return self.num_output_tokens / self.denoising_steps if self.denoising_steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Output tokens per second of this client's total time."""
+        return 1000 * self.num_output_tokens / self.total_ms if self.total_ms else 0.0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The canvas as it stands after a denoising step; everything in it may still change."""
+
+    text: str
+    canvas_index: int  # 0 for the first canvas of the answer
+    step: int  # denoising steps of this canvas so far
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Text that is final: what came since the last one."""
+
+    text: str
+    token_ids: tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Done:
+    """Always the last event of a generation that did not fail."""
+
+    finish_reason: FinishReason
+    statistics: Statistics
+
+
+Event = Preview | Delta | Done
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...] = field(repr=False)
+    finish_reason: FinishReason
+    statistics: Statistics
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says of itself and of the model."""
+
+    server: str
+    server_version: str
+    model: str
+    inputs: tuple[str, ...]  # tensor names
+    outputs: tuple[str, ...]
+    parameters: dict[str, str]  # of the model's configuration

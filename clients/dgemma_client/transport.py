@@ -1,0 +1,179 @@
+"""How requests reach a server: the interface, and gRPC to Triton. Knows tensors, not events.
+
+One request per stream: the asyncio stubs hide Triton's empty final response, so the end of the stream is completion.
+The header `triton_grpc_error` makes Triton end a stream with the status of a model's error; without it an error is a
+message without status. What Triton itself refuses before the model sees it comes as a message all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from dgemma_client.errors import (
+    Cancelled,
+    ClientError,
+    ConnectError,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    ServerError,
+)
+from dgemma_client.events import ServerInfo
+from dgemma_client.requests import InferRequest
+from dgemma_client.tensors import Values, decode, encode
+
+Outputs = Mapping[str, Values]  # one response: tensor name -> elements
+
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # a restarted server is found again at once
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+_BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
+    grpc.StatusCode.CANCELLED: Cancelled,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: InvalidRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
+    grpc.StatusCode.UNAVAILABLE: Overloaded,
+}
+_REFUSALS = {  # parts of Triton's own messages, which carry no status
+    "unknown model": InvalidRequest,
+    "expected": InvalidRequest,
+    "unexpected": InvalidRequest,
+    "no available versions": Overloaded,
+    "not ready": Overloaded,
+    "stopping": Overloaded,
+    "maximum queue size": Overloaded,
+}
+
+
+class Transport(Protocol):
+    """What `Client` needs; raises ClientError, and asyncio.CancelledError only when its task is cancelled."""
+
+    def stream(self, request: InferRequest, timeout_s: float, connect_timeout_s: float) -> AsyncGenerator[Outputs]:
+        """The responses to one request, as they come; closing the generator cancels the request on the server."""
+        ...
+
+    async def live(self, timeout_s: float) -> bool:
+        """Whether a server answers."""
+        ...
+
+    async def ready(self, model: str, timeout_s: float) -> bool:
+        """Whether the server would serve the model now."""
+        ...
+
+    async def info(self, model: str, timeout_s: float) -> ServerInfo:
+        """Names and versions."""
+        ...
+
+    async def close(self) -> None:
+        """End what is under way and let go of the connection."""
+        ...
+
+
+class GrpcTransport:
+    """Triton's gRPC endpoint at `host:port`; give `credentials` for TLS."""
+
+    def __init__(self, url: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._url = url
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(url, credentials, options=_CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def stream(
+        self, request: InferRequest, timeout_s: float, connect_timeout_s: float
+    ) -> AsyncGenerator[Outputs]:
+        message = encode(request.model, request.request_id, request.inputs)
+        await self._connect(min(timeout_s, connect_timeout_s))
+        call = self._stub.ModelStreamInfer(_only(message), timeout=timeout_s, metadata=(("triton_grpc_error", "true"),))
+        try:
+            async for response in call:
+                if response.error_message:
+                    raise _refusal(response.error_message)
+                yield decode(response.infer_response)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+        except asyncio.CancelledError:
+            if _task_is_cancelled():
+                raise
+            raise Cancelled("the client was closed while the request was under way") from None
+        finally:
+            call.cancel()
+
+    async def live(self, timeout_s: float) -> bool:
+        try:
+            return bool((await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s)).live)
+        except grpc.aio.AioRpcError:
+            return False
+
+    async def ready(self, model: str, timeout_s: float) -> bool:
+        try:
+            request = service_pb2.ModelReadyRequest(name=model)
+            return bool((await self._stub.ModelReady(request, timeout=timeout_s)).ready)
+        except grpc.aio.AioRpcError:
+            return False
+
+    async def info(self, model: str, timeout_s: float) -> ServerInfo:
+        await self._connect(timeout_s)
+        try:
+            server = await self._stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=timeout_s)
+            request = service_pb2.ModelConfigRequest(name=model)
+            config = (await self._stub.ModelConfig(request, timeout=timeout_s)).config
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+        return ServerInfo(
+            server=server.name,
+            server_version=server.version,
+            model=config.name,
+            inputs=tuple(tensor.name for tensor in config.input),
+            outputs=tuple(tensor.name for tensor in config.output),
+            parameters={name: parameter.string_value for name, parameter in config.parameters.items()},
+        )
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def _connect(self, timeout_s: float) -> None:
+        """Have a connection within the time, so that its failure is told apart from a failing request."""
+        if self._channel.get_state() is grpc.ChannelConnectivity.READY:
+            return
+        try:
+            await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            reason = f"no answer in {timeout_s:g} s" if _timed_out(error) else error.details()
+            raise ConnectError(f"no Triton gRPC server at {self._url}: {reason}") from None
+
+    def _error(self, error: grpc.aio.AioRpcError) -> ClientError:
+        code, details = error.code(), error.details() or "no details"
+        # A status that the server sent leaves the connection up; one that gRPC made of a broken connection does not.
+        if code is grpc.StatusCode.UNAVAILABLE and self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+            return ConnectError(f"the connection to {self._url} broke: {details}")
+        return _BY_STATUS.get(code, ServerError)(details)
+
+
+async def _only(message: Any) -> AsyncIterator[Any]:
+    yield message
+
+
+def _refusal(message: str) -> ClientError:
+    known = (kind for part, kind in _REFUSALS.items() if part in message)
+    return next(known, ServerError)(message)
+
+
+def _timed_out(error: grpc.aio.AioRpcError) -> bool:
+    return error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def _task_is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
