@@ -1,0 +1,100 @@
+# Everything a person or CI runs here. Each target installs what it needs from the lock files into .venv first;
+# nothing has to be activated. `make help` lists the targets and the settings.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+BIN := .venv/bin
+ENGINE := artifacts/engines/demo
+CHECKPOINT := build/checkpoints/demo
+TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+UV := uv==0.13.9
+
+# Hashes for every package, no dependency resolution, no unlocked build tools.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation
+LOCK := artifacts/lock/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+	--no-emit-package torch --custom-compile-command "make lock" --quiet $(LOCK_ARGS)
+TWO_COLUMNS := while IFS='|' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
+
+.PHONY: help setup demo serve engines test check bench accept lock clean
+
+help: ## List the targets and settings
+	@echo "Targets:"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | $(TWO_COLUMNS)
+	@echo "Settings, as in make NAME=VALUE ...:"
+	@sed -n 's/^#: \([A-Z_]*\) \(.*\)/\1|\2/p' Makefile | $(TWO_COLUMNS)
+
+#: PYTHON Python to make .venv with (default: the first usable of python3.11, python3.12, python3)
+#: TORCH_INDEX package index for torch, e.g. https://download.pytorch.org/whl/cpu (default: pip's own)
+#: SERVE_ARGS more arguments for `dgemma-server run`
+#: PYTEST_ARGS more arguments for pytest
+#: BENCH_ARGS more arguments for the benchmark
+#: ACCEPT_ARGS more arguments for the acceptance table
+#: LOCK_ARGS more arguments for `make lock`, e.g. --upgrade
+
+setup: .venv/.demo-installed ## Install what serving needs into .venv (the other targets do it themselves)
+
+demo: .venv/.demo-installed $(ENGINE)/config.json ## Start a Triton server, send it prompts, show and check the answers, stop it
+	@$(BIN)/python -m dgemma_build.demo.show --engine $(ENGINE)
+
+serve: .venv/.demo-installed $(ENGINE)/config.json ## Keep the demo server in the foreground
+	@exec $(BIN)/dgemma-server run --engine $(ENGINE) $(SERVE_ARGS)
+
+engines: $(ENGINE)/config.json ## Build the engines that this machine can build
+	@echo "$(ENGINE) is up to date"
+
+test: .venv/.test-installed $(ENGINE)/config.json ## Run every test
+	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+check: .venv/.test-installed ## Lint, formatting, types and import rules
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --cache-dir artifacts/cache/import-linter
+
+bench: .venv/.test-installed $(ENGINE)/config.json ## Compare engine and server with transformers: table, plot, one JSON line
+	@$(BIN)/python -m dgemma_build.bench $(BENCH_ARGS)
+
+accept: .venv/.test-installed $(ENGINE)/config.json ## Measure every row of the acceptance table beside its bar
+	@$(BIN)/python -m dgemma_build.accept $(ACCEPT_ARGS)
+
+lock: artifacts/lock/bin/uv ## Resolve pyproject.toml again into test.lock and, as a subset of it, demo.lock
+	@$(LOCK) --extra test --output-file test.lock
+	@$(LOCK) --extra demo --constraints test.lock --output-file demo.lock
+	@echo "Wrote test.lock and demo.lock"
+
+clean: ## Remove .venv and everything generated
+	@rm -rf .venv artifacts dist
+
+# ---------------------------------------------------------------- environment
+
+.venv/.created:
+	@python=$$(build/tooling/find-python $(PYTHON)) && echo "Making .venv with $$python" && "$$python" -m venv .venv
+	@touch $@
+
+.venv/.demo-installed: demo.lock pyproject.toml | .venv/.created
+	@echo "Installing what serving needs (demo.lock)"
+	@$(INSTALL) --require-hashes --requirement demo.lock
+	@$(INSTALL) --editable .
+	@touch $@
+
+.venv/.test-installed: test.lock .venv/.demo-installed
+	@echo "Installing what tests need (test.lock and $(TORCH))"
+	@$(INSTALL) --require-hashes --requirement test.lock
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@touch $@
+
+artifacts/lock/bin/uv:
+	@"$$(build/tooling/find-python $(PYTHON))" -m venv artifacts/lock
+	@artifacts/lock/bin/python -m pip install -qq --disable-pip-version-check $(UV)
+
+# ---------------------------------------------------------------- engine
+
+ENGINE_SOURCES := $(wildcard $(CHECKPOINT)/* build/dgemma_build/*.py) python_backend/dgemma_runtime/contract.py demo.lock
+$(ENGINE)/config.json: $(ENGINE_SOURCES) | .venv/.demo-installed
+	@echo "Building $(ENGINE)"
+	@$(BIN)/dgemma-build engine --checkpoint $(CHECKPOINT) --backend onnxruntime --precision fp32 --output $(ENGINE)
+	@touch $@
