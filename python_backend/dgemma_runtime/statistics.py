@@ -1,0 +1,36 @@
+"""What is counted and timed, per request and for the whole service. Knows no clock and no transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RequestStatistics:
+    """Of one request, at its end."""
+
+    num_input_tokens: int
+    num_output_tokens: int
+    denoising_steps: int
+    canvases: int  # whose text was emitted
+    tokens_per_forward: float  # output tokens per denoising step; 0 where no step ran
+    queue_ms: float  # submitted -> admitted (-> end, where it never was)
+    prefill_ms: float  # admitted -> the whole prompt is in the cache
+    time_to_first_canvas_ms: float | None  # submitted -> first commit; None where there was none
+    total_ms: float  # submitted -> end
+    engine_ms: float  # of the time since admission, spent inside engine calls, whichever rows they served
+
+
+@dataclass(frozen=True)
+class ServiceStatistics:
+    """Since the service started. `host_ms` is the engine thread's time at work outside of engine calls."""
+
+    ticks: int
+    canvas_steps: int  # denoising steps, counted per canvas
+    encoded_tokens: int
+    engine_ms: float
+    host_ms: float
+    requests_waiting: int
+    requests_running: int
+    full_pages_used: int
+    sliding_pages_used: int
