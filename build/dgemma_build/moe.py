@@ -1,0 +1,85 @@
+"""Lowerings of the mixture of experts to ONNX: `grouped` and `dense`. Knows no checkpoint and no attention.
+
+Both take tokens [N, H], chosen expert ids [N, k] and their weights [N, k], and return [N, H]. `grouped` sorts the
+(token, expert) pairs by expert and gives every expert just its tokens, so an expert that no token chose costs an
+empty product. `dense` runs every expert over every token in one batched product, which is right where the weights
+are read anyway and a matrix unit is idle, and needs no data-dependent shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dgemma_build.onnx_writer import GraphWriter
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class MoeWeights:
+    """One layer's experts; the functions give one expert's matrix, ready to be multiplied from the right."""
+
+    gate_up: Callable[[int], Float32]  # [H, 2 * intermediate_size]
+    down: Callable[[int], Float32]  # [intermediate_size, H]
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    dtype: np.dtype[np.generic]
+
+
+def grouped(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: str, share: str) -> str:
+    """Every expert multiplies only the tokens that chose it; rows are sorted by expert and put back."""
+    experts, inner = weights.num_experts, weights.intermediate_size
+    pairs = w.op("Reshape", ids, w.const([-1]))  # [N * k]
+    count = w.op("Shape", pairs)
+    _, order = w.ops("TopK", pairs, count, outputs=2, axis=0, largest=0)  # pairs in order of their expert
+    rows = w.op("Gather", tokens, w.op("Div", order, w.const(weights.top_k)))  # [N * k, H]
+    chosen = w.op("Equal", w.op("Unsqueeze", pairs, w.const([1])), w.const(np.arange(experts)))
+    sizes = w.op("ReduceSum", w.op("Cast", chosen, to_=7), w.const([0]), keepdims=0)  # [experts] int64
+
+    def multiply(value: str, name: str, matrix: Callable[[int], Float32]) -> str:
+        parts = w.ops("Split", value, sizes, outputs=experts, axis=0)
+        products = [
+            w.op("MatMul", part, w.weight(f"{prefix}.experts.{expert}.{name}", matrix(expert).astype(weights.dtype)))
+            for expert, part in enumerate(parts)
+        ]
+        return w.op("Concat", *products, axis=0)
+
+    both = multiply(rows, "gate_up", weights.gate_up)
+    gate, up = w.ops("Split", both, w.const([inner, inner]), outputs=2, axis=-1)
+    gated = w.op("Mul", w.op("Gelu", gate, approximate="tanh"), up)
+    weight = w.op("Gather", w.op("Reshape", share, w.const([-1, 1])), order)
+    products = multiply(w.op("Mul", gated, weight), "down", weights.down)  # [N * k, H]
+    places = w.op("Range", w.const(0), w.op("Squeeze", count), w.const(1))
+    back = w.op("ScatterElements", places, order, places, axis=0)  # where each pair went
+    in_order = w.op("Reshape", w.op("Gather", products, back), w.const([-1, weights.top_k, weights.hidden_size]))
+    return w.op("ReduceSum", in_order, w.const([1]), keepdims=0)
+
+
+def dense(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: str, share: str) -> str:
+    """Every expert multiplies every token; what a token did not choose has weight zero."""
+    experts, inner = weights.num_experts, weights.intermediate_size
+
+    def stack(name: str, matrix: Callable[[int], Float32]) -> str:
+        stacked = np.stack([matrix(expert).astype(weights.dtype) for expert in range(experts)])
+        return w.weight(f"{prefix}.experts.{name}", stacked)
+
+    rows = w.op("Gather", w.op("Shape", tokens), w.const([0]))
+    zeros = w.op("Expand", w.const(0, weights.dtype), w.op("Concat", rows, w.const([experts]), axis=0))
+    routing = w.op("ScatterElements", zeros, ids, share, axis=1)  # [N, experts]
+    routing = w.op("Unsqueeze", w.op("Transpose", routing, perm=[1, 0]), w.const([2]))  # [experts, N, 1]
+    both = w.op("MatMul", w.op("Unsqueeze", tokens, w.const([0])), stack("gate_up", weights.gate_up))
+    gate, up = w.ops("Split", both, w.const([inner, inner]), outputs=2, axis=-1)
+    gated = w.op("Mul", w.op("Mul", w.op("Gelu", gate, approximate="tanh"), up), routing)
+    return w.op("ReduceSum", w.op("MatMul", gated, stack("down", weights.down)), w.const([0]), keepdims=0)
+
+
+MOE_LOWERINGS: dict[str, Callable[[GraphWriter, MoeWeights, str, str, str, str], str]] = {
+    "grouped": grouped,
+    "dense": dense,
+}
