@@ -7,6 +7,8 @@ probability exceeds the position's uniform number, found in two levels: first a 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from onnx import TensorProto, helper
 
@@ -15,9 +17,8 @@ from dgemma_build.onnx_writer import GraphWriter
 
 
 def group_size(vocab_size: int) -> int:
-    """Ids in a group of the two-level search: the divisor of `vocab_size` nearest to its square root."""
-    divisors = (size for size in range(1, vocab_size + 1) if vocab_size % size == 0)
-    return min(divisors, key=lambda size: abs(size - vocab_size**0.5))
+    """Ids in a group of the two-level search: the power of two nearest to the square root of `vocab_size`."""
+    return 1 << round(math.log2(vocab_size) / 2)
 
 
 def add_head(w: GraphWriter, normed: str, embedding: str, config: TextConfig, dtype: int) -> None:
@@ -63,7 +64,10 @@ def add_head(w: GraphWriter, normed: str, embedding: str, config: TextConfig, dt
 def _sample(w: GraphWriter, probabilities: str, vocab: int) -> str:
     """Sampled ids [R * L] int64 from probabilities [R * L, V]."""
     size = group_size(vocab)
-    groups = vocab // size
+    groups = -(-vocab // size)
+    if vocab % size:  # ids that do not exist have probability zero
+        padding = w.const([0, 0, 0, groups * size - vocab])
+        probabilities = w.op("Pad", probabilities, padding, w.const(0, np.float32))
     by_group = w.op("Reshape", probabilities, w.const([-1, groups, size]))
     mass = w.op("Squeeze", w.op("MatMul", by_group, w.weight("head/group_ones", np.ones((size, 1), np.float32))), w.const([2]))  # [N, groups]
     until = w.op("CumSum", mass, w.const(1))
