@@ -89,7 +89,9 @@ def test_the_locks_satisfy_pyproject(extra: str) -> None:
         name = canonicalize_name(requirement.name)
         if name not in OUTSIDE_OF_THE_LOCK:
             assert name in pins, f"{name} is not locked; run `make lock`"
-            assert requirement.specifier.contains(pins[name][0]), f"{requirement} against {pins[name][0]}; run `make lock`"
+            assert requirement.specifier.contains(pins[name][0]), (
+                f"{requirement} against {pins[name][0]}; run `make lock`"
+            )
 
 
 # ---------------------------------------------------------------- imports
@@ -167,8 +169,8 @@ def test_the_import_rules_catch(sources: Path, file: str, line: str) -> None:
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT]
-    subprocess.run(build, check=True, capture_output=True)
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip_wheel, "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
