@@ -62,7 +62,7 @@ OUTPUTS: dict[str, str] = {  # what this client reads; other outputs are decoded
     "preview_output": "BYTES",
 }
 
-_NUMPY = {
+NUMPY_TYPES = {
     "BOOL": "?",
     "INT8": "<i1",
     "INT16": "<i2",
@@ -89,7 +89,8 @@ def encode(model: str, request_id: str, inputs: Mapping[str, Values]) -> Any:
     return request
 
 
-def _pack_text(name: str, values: Values) -> bytes:
+def pack_texts(name: str, values: Values) -> bytes:
+    """The content of a BYTES tensor; raises InvalidRequest naming it."""
     packed = bytearray()
     for value in values:
         if not isinstance(value, str):
@@ -133,7 +134,7 @@ def _pack_float(name: str, values: Values) -> bytes:
 
 
 _PACK: dict[str, Callable[[str, Values], bytes]] = {
-    "BYTES": _pack_text,
+    "BYTES": pack_texts,
     "BOOL": _pack_bool,
     "INT32": _pack_integer(-(2**31), 2**31 - 1, "<i4"),
     "UINT64": _pack_integer(0, 2**64 - 1, "<u8"),
@@ -146,12 +147,13 @@ def decode(response: Any) -> dict[str, Values]:
     if len(response.outputs) != len(response.raw_output_contents):
         raise ServerError(f"{len(response.outputs)} outputs came with {len(response.raw_output_contents)} contents")
     return {
-        output.name: _unpack(output.name, output.datatype, output.shape, raw)
+        output.name: unpack(output.name, output.datatype, output.shape, raw)
         for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
     }
 
 
-def _unpack(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Values:
+def unpack(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Values:
+    """The elements of one tensor; raises ServerError where they do not fit its type and shape."""
     expected = OUTPUTS.get(name, datatype)
     if datatype != expected:
         raise ServerError(f"output {name} is {datatype}; expected {expected}")
@@ -169,7 +171,7 @@ def _unpack(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> Value
 
 
 def _numbers(datatype: str, raw: bytes) -> Values:
-    return tuple(np.frombuffer(raw, dtype=_NUMPY[datatype]).tolist())
+    return tuple(np.frombuffer(raw, dtype=NUMPY_TYPES[datatype]).tolist())
 
 
 def _texts(raw: bytes) -> Iterable[str]:
