@@ -17,7 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import DiffusionGemmaForBlockDiffusion
-from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSampler
+from transformers.models.diffusion_gemma.generation_diffusion_gemma import (
+    EntropyBoundSampler,
+    LinearTemperatureScheduleLogitsProcessor,
+)
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -292,7 +295,7 @@ class _Recorder:
         self._steps.append(
             StepTrace(
                 step=draws.step,
-                temperature=float(1 / processors(None, torch.ones(()), cur_step=kwargs["cur_step"])),
+                temperature=_temperature(processors, kwargs["cur_step"]),
                 canvas_ids=canvas_ids,
                 soft=self._soft(None if given is None else given[0], len(canvas_ids)),
                 uniforms=draws.uniforms.copy(),
@@ -323,6 +326,13 @@ class _Recorder:
         index = len(self.canvases)
         self.canvases.append(CanvasTrace(index, position, ids, tuple(keys), tuple(values), tuple(self._steps)))
         self._steps = []
+
+
+def _temperature(processors: Any, steps_left: int) -> float:
+    """Of the step; the processor gets its step as an int32 tensor, so it computes in single precision."""
+    schedule = next(p for p in processors if isinstance(p, LinearTemperatureScheduleLogitsProcessor))
+    share = torch.tensor(steps_left, dtype=torch.int32) / schedule.max_denoising_steps
+    return float(schedule.t_min + (schedule.t_max - schedule.t_min) * share)
 
 
 def _acceptance_margin(entropies: Float32Array, bound: float) -> float:
