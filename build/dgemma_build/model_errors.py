@@ -115,6 +115,10 @@ def _frequencies(scale: float) -> ModelError:
     return _patched(changes)
 
 
+def _softcap_too_high(model: Model) -> list[tuple[Any, str, Any]]:
+    return [(model, "final_logit_softcapping", model.final_logit_softcapping * 1.01)]
+
+
 def _expert_routing(change: Callable[[Tensor, Tensor], Tensor]) -> ModelError:
     """Replaces the weights of the chosen experts by change(probabilities, weights), [tokens, top_k]."""
 
