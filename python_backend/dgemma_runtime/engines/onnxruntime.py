@@ -246,6 +246,27 @@ class OnnxRuntimeEngine:
         if not workspace.occupants and workspace.slots > _KEPT_WORKSPACE:
             self._workspaces.remove(workspace)
 
+    # ------------------------------------------------------------ inspection, for parity checks
+
+    def soft_embedding(self, slot: int) -> npt.NDArray[np.float32]:
+        """A view of the soft embedding [canvas_length, hidden] that the canvas in `slot` takes into its next step."""
+        workspace = self._where[slot]
+        soft: npt.NDArray[np.float32] = workspace.small["soft_embedding"][workspace.occupants.index(slot)]
+        return soft
+
+    def keys_values(
+        self, layer: int, pages: SequencePages, start: int, stop: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """K and V of one layer for positions [start, stop), each [stop - start, kv_heads, head_dim]."""
+        spec, size = self.spec.layers[layer], self.limits.page_size
+        chosen = (pages.sliding if spec.kind == SLIDING else pages.full)[start // size :]
+        pool = self._pools[layer]
+        target = np.empty((2, spec.num_key_value_heads, stop - start, spec.head_dim), np.float32)
+        for half, pages_array in zip(target, (pool.keys, pool.values), strict=True):
+            _gather_pages(pages_array, chosen, start % size, half)
+        keys, values = target.transpose(0, 2, 1, 3)
+        return keys, values
+
     # ------------------------------------------------------------ both
 
     def _lay_out(self, buffers: _Buffers, index: int, position: int, pages: SequencePages) -> None:
