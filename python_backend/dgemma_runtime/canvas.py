@@ -49,8 +49,8 @@ class Canvas:
         mean = mean_entropy(entropies)
         if not np.isfinite(mean):
             raise EngineError(f"the engine returned an entropy that is not finite in step {self.step + 1} of a canvas")
-        self.argmax_ids = argmax_ids
-        stopped = self._stopping.update(argmax_ids, mean)
+        self.argmax_ids = argmax_ids.copy()  # engines may return views of buffers they use again
+        stopped = self._stopping.update(self.argmax_ids, mean)
         step, self.step = self.step, self.step + 1
         if stopped or self.step == self._parameters.max_denoising_steps:
             return True

@@ -120,7 +120,9 @@ def default_parameters(generation_config: Mapping[str, Any]) -> GenerationParame
     if not isinstance(sampler, Mapping):
         raise CheckpointError(f"generation_config.json: sampler_config is {sampler!r}, expected an object")
     given = {**generation_config, "entropy_bound": sampler.get("entropy_bound")}
-    values = {name: value if given.get(name) is None else given[name] for name, value in REFERENCE_DEFAULTS.items()}
+    values: dict[str, Any] = {
+        name: default if given.get(name) is None else given[name] for name, default in REFERENCE_DEFAULTS.items()
+    }
     end = generation_config.get("eos_token_id")
     try:
         return GenerationParameters(end_ids=() if end is None else _end_ids(end), **values)
@@ -171,7 +173,8 @@ def _refuse(given: Mapping[str, object]) -> None:
             if not any(_same(value, other) for other in neutral):
                 allowed = " or ".join(repr(other) for other in neutral)
                 hint = "; for greedy decoding use temperature 0" if name == "top_k" else ""
-                raise InvalidRequest(name, f"is not supported, got {_shown(value)}; leave it out or send {allowed}{hint}")
+                message = f"is not supported, got {_shown(value)}; leave it out or send {allowed}{hint}"
+                raise InvalidRequest(name, message)
         elif name not in SUPPORTED:
             known = ", ".join(sorted(SUPPORTED))
             raise InvalidRequest(name, f"is not a known parameter; known are {known}")
@@ -193,7 +196,7 @@ def _adaptive_stopping(value: object, defaults: GenerationParameters) -> dict[st
     return {"stability_threshold": _number("stability_threshold", value, also=f"{ADAPTIVE_STOPPING_OFF} (off)")}
 
 
-def _number(name: str, value: object, also: str = "") -> float:
+def _number(name: str, value: Any, also: str = "") -> float:
     """`value` as int or float if it lies in the range of `name`; raises InvalidRequest."""
     allowed = RANGES[name]
     kinds = (int, np.integer) if allowed.whole else (int, float, np.integer, np.floating)
@@ -210,7 +213,8 @@ def _boolean(name: str, value: object) -> bool:
 
 
 def _end_ids(value: object) -> tuple[int, ...]:
-    items = value if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str) else [value]
+    many = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+    items: list[Any] = list(value) if many else [value]  # type: ignore[call-overload]
     for item in items:
         if not isinstance(item, int | np.integer) or isinstance(item, bool) or not 0 <= item < 2**31:
             raise InvalidRequest("end_id", f"must be a token id or a list of them, or -1 for none, got {_shown(value)}")
@@ -229,7 +233,8 @@ def _check_stop(stop: tuple[str, ...]) -> None:
         raise InvalidRequest("stop", f"must be at most {MAX_STOP_STRINGS} strings, got {len(stop)}")
     for item in stop:
         if not 1 <= len(item) <= MAX_STOP_CHARACTERS:
-            raise InvalidRequest("stop", f"each string must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(item)}")
+            message = f"each string must have 1 to {MAX_STOP_CHARACTERS} characters, got one of {len(item)}"
+            raise InvalidRequest("stop", message)
 
 
 def _same(value: object, other: object) -> bool:
