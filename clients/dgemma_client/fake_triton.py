@@ -48,7 +48,7 @@ class FakeTriton:
 
     def __init__(self, handler: Handler, port: int = 0) -> None:
         self._servicer = _Servicer(handler)
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=(("grpc.max_receive_message_length", -1),))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._servicer, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
         self.url = f"127.0.0.1:{self.port}"

@@ -158,6 +158,8 @@ class GrpcTransport:
         # A status that the server sent leaves the connection up; one that gRPC made of a broken connection does not.
         if code is grpc.StatusCode.UNAVAILABLE and self._channel.get_state() is not grpc.ChannelConnectivity.READY:
             return ConnectError(f"the connection to {self._url} broke: {details}")
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+            return InvalidRequest(details)  # retrying would not help
         return _BY_STATUS.get(code, ServerError)(details)
 
 

@@ -1,0 +1,186 @@
+"""The client's contract on the transport that ships for tests: events, results, deadlines, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing
+
+import pytest
+
+from dgemma_client import (
+    Cancelled,
+    Client,
+    ConnectError,
+    DeadlineExceeded,
+    Delta,
+    Done,
+    InvalidRequest,
+    MockTransport,
+    Overloaded,
+    Preview,
+    ServerError,
+)
+from dgemma_client.mock import Item, delta, final, preview, reply
+from dgemma_client.requests import InferRequest
+
+pytestmark = pytest.mark.asyncio
+
+
+async def test_three_lines_to_the_first_result() -> None:
+    async with Client(transport=MockTransport(reply("Hello ", "world"))) as client:
+        result = await client.generate("hi", max_tokens=64, seed=1)
+    assert str(result) == result.text == "Hello world"
+    assert result.finish_reason == "stop"
+    assert result.statistics.canvases == 2
+
+
+async def test_events_in_order_with_their_positions() -> None:
+    def handler(request: InferRequest) -> Iterator[Item]:
+        yield from (preview("x"), preview("He"), delta("Hello ", [5, 6]), preview("w"), delta("world", [7]))
+        yield final("length", input_tokens=4, output_tokens=3, steps=5)
+
+    async with Client(transport=MockTransport(handler)) as client:
+        events = [event async for event in client.stream("hi", previews=True)]
+    assert events[:5] == [
+        Preview("x", 0, 1),
+        Preview("He", 0, 2),
+        Delta("Hello ", (5, 6)),
+        Preview("w", 1, 1),
+        Delta("world", (7,)),
+    ]
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert done.finish_reason == "length"
+    figures = done.statistics
+    assert (figures.num_input_tokens, figures.num_output_tokens, figures.denoising_steps) == (4, 3, 5)
+    assert figures.tokens_per_forward == pytest.approx(0.6)
+    assert 0 <= figures.time_to_first_canvas_ms <= figures.total_ms
+
+
+async def test_text_and_end_may_come_together_and_text_may_be_empty() -> None:
+    def together(request: InferRequest) -> Iterator[Item]:
+        yield {**delta("all", [1]), **final()}
+
+    def empty(request: InferRequest) -> Iterator[Item]:
+        yield {**delta(""), **final()}
+
+    async with Client(transport=MockTransport(together)) as client:
+        assert (await client.generate("hi")).text == "all"
+    async with Client(transport=MockTransport(empty)) as client:
+        result = await client.generate("hi")
+    assert (result.text, result.statistics.canvases) == ("", 0)
+    assert result.statistics.time_to_first_canvas_ms == result.statistics.total_ms
+
+
+async def test_previews_only_on_request() -> None:
+    transport = MockTransport(reply("a"))
+    async with Client(transport=transport) as client:
+        assert not [event async for event in client.stream("hi") if isinstance(event, Preview)]
+        assert [event async for event in client.stream("hi", previews=True) if isinstance(event, Preview)]
+    assert [request.inputs["stream_previews"] for request in transport.requests] == [(False,), (True,)]
+    assert transport.requests[0].request_id != transport.requests[1].request_id
+
+
+async def test_an_error_carries_what_had_arrived() -> None:
+    async with Client(transport=MockTransport(lambda request: [delta("Hel"), Overloaded("queue full")])) as client:
+        with pytest.raises(Overloaded, match="queue full") as caught:
+            await client.generate("hi", request_id="r-1")
+    assert (caught.value.text, caught.value.request_id) == ("Hel", "r-1")
+
+
+@pytest.mark.parametrize(
+    ("responses", "error", "message"),
+    [
+        ([delta("a")], ServerError, "ended without a finish reason"),
+        ([], ServerError, "ended without a finish reason"),
+        ([final("cancelled")], Cancelled, "before the answer was complete"),
+        ([final("bored")], ServerError, "finish_reason is 'bored'"),
+        ([{"finish_reason": ("stop",)}], ServerError, "no num_input_tokens"),
+        ([final(), delta("late")], ServerError, "after the last one"),
+    ],
+)
+async def test_what_a_server_must_not_send(responses: list[Item], error: type[Exception], message: str) -> None:
+    async with Client(transport=MockTransport(lambda request: responses)) as client:
+        with pytest.raises(error, match=message):
+            async for _ in client.stream("hi"):
+                pass
+
+
+async def test_the_deadline_ends_a_request_that_hangs() -> None:
+    transport = MockTransport(lambda request: [delta("a"), 60.0])
+    async with Client(transport=transport, timeout_s=60) as client:
+        with pytest.raises(DeadlineExceeded, match=r"no end after 0\.05 s") as caught:
+            await client.generate("hi", timeout_s=0.05, request_id="slow")
+    assert caught.value.text == "a"
+    assert transport.cancelled == ["slow"]
+
+
+async def test_the_deadline_is_for_the_whole_request() -> None:
+    def drip(request: InferRequest) -> Iterator[Item]:
+        while True:
+            yield from (delta("a"), 0.03)
+
+    async with Client(transport=MockTransport(drip), timeout_s=0.1) as client:
+        with pytest.raises(DeadlineExceeded):
+            await client.generate("hi")
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+async def test_every_request_has_a_deadline(seconds: float) -> None:
+    with pytest.raises(InvalidRequest, match="timeout_s"):
+        Client(timeout_s=seconds, transport=MockTransport(reply()))
+    async with Client(transport=MockTransport(reply("a"))) as client:
+        with pytest.raises(InvalidRequest, match="timeout_s"):
+            await client.generate("hi", timeout_s=seconds)
+
+
+async def test_closing_the_generator_cancels() -> None:
+    transport = MockTransport(lambda request: [delta("a"), delta("b"), final()])
+    async with Client(transport=transport) as client, aclosing(client.stream("hi", request_id="left")) as events:
+        async for _ in events:
+            break
+        await events.aclose()
+        assert transport.cancelled == ["left"]
+
+
+async def test_cancelling_the_task_cancels() -> None:
+    transport = MockTransport(lambda request: [60.0])
+    async with Client(transport=transport) as client:
+        task = asyncio.create_task(client.generate("hi", request_id="left"))
+        while not transport.requests:
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert transport.cancelled == ["left"]
+
+
+async def test_closing_the_client_ends_its_requests() -> None:
+    transport = MockTransport(lambda request: [60.0])
+    client = Client(transport=transport)
+    task = asyncio.create_task(client.generate("hi"))
+    while not transport.requests:
+        await asyncio.sleep(0)
+    await client.close()
+    with pytest.raises(Cancelled, match="client was closed"):
+        await task
+    with pytest.raises(ConnectError):
+        await client.generate("hi")
+    assert not await client.is_live()
+    assert not await client.is_ready()
+
+
+async def test_health_and_metadata() -> None:
+    async with Client(model="m", transport=MockTransport(reply())) as client:
+        assert await client.is_live()
+        await client.wait_until_ready(1)
+        info = await client.metadata()
+    assert info.model == "m"
+    assert "text_input" in info.inputs
+
+
+async def test_the_mock_checks_requests_as_grpc_does() -> None:
+    async with Client(transport=MockTransport(reply("a"))) as client:
+        with pytest.raises(InvalidRequest, match="seed"):
+            await client.generate("hi", seed=-1)

@@ -1,0 +1,240 @@
+"""The gRPC transport against a real gRPC server that behaves as Triton does: statuses, deadlines, cancel, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from dgemma_client import (
+    Cancelled,
+    Client,
+    ClientError,
+    ConnectError,
+    DeadlineExceeded,
+    Delta,
+    InvalidRequest,
+    Overloaded,
+    Preview,
+    ServerError,
+)
+from dgemma_client.fake_triton import FakeTriton, Item, ModelError, Refusal
+from dgemma_client.mock import delta, final, preview
+from dgemma_client.requests import InferRequest
+
+pytestmark = pytest.mark.asyncio
+
+
+def answer(request: InferRequest) -> Iterator[Item]:
+    yield from (preview("H?llo"), delta("Hello ", [1, 2]), delta("wörld", [3]), final("stop", output_tokens=3))
+
+
+def hang(request: InferRequest) -> Iterator[Item]:
+    yield from (delta("a"), 60.0)
+
+
+async def test_a_whole_answer() -> None:
+    async with FakeTriton(answer) as server, Client(server.url, model="demo") as client:
+        result = await client.generate("héllo", max_tokens=7, temperature=0.5, seed=2**63, stop_words=["x", "y"])
+        events = [event async for event in client.stream(input_ids=[4, 5], previews=True)]
+    assert (result.text, result.token_ids, result.finish_reason) == ("Hello wörld", (1, 2, 3), "stop")
+    assert [type(event) for event in events[:3]] == [Preview, Delta, Delta]
+    first, second = server.requests
+    assert first.model == "demo"
+    assert first.inputs["text_input"] == ("héllo",)
+    assert first.inputs["seed"] == (2**63,)
+    assert first.inputs["temperature"] == (0.5,)
+    assert first.inputs["stop_words"] == ("x", "y")
+    assert first.inputs["stream"] == (True,)
+    assert second.inputs["input_ids"] == (4, 5)
+    assert not server.left
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (ModelError(grpc.StatusCode.INVALID_ARGUMENT, "top_k: is not supported, got 5"), InvalidRequest),
+        (ModelError(grpc.StatusCode.UNAVAILABLE, "the queue is full"), Overloaded),
+        (ModelError(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many"), Overloaded),
+        (ModelError(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (5 vs. 4)"), InvalidRequest),
+        (ModelError(grpc.StatusCode.INTERNAL, "the engine failed"), ServerError),
+        (ModelError(grpc.StatusCode.UNKNOWN, "the engine failed"), ServerError),
+        (ModelError(grpc.StatusCode.CANCELLED, "shutting down"), Cancelled),
+        (Refusal("Request for unknown model: 'x' is not found"), InvalidRequest),
+        (Refusal("[request id: 1] expected 1 inputs but got 0 inputs for model 'm'"), InvalidRequest),
+        (Refusal("unexpected inference input 'zzz' for model 'm'"), InvalidRequest),
+        (Refusal("Server is stopping, scheduler for model has stopped accepting new requests"), Overloaded),
+        (Refusal("something broke"), ServerError),
+    ],
+)
+async def test_errors_have_their_types_and_messages(failure: Item, error: type[ClientError]) -> None:
+    message = failure.message if isinstance(failure, Refusal | ModelError) else ""
+    async with FakeTriton(lambda request: [failure]) as server, Client(server.url) as client:
+        with pytest.raises(ClientError) as caught:
+            await client.generate("hi")
+    assert type(caught.value) is error
+    assert str(caught.value) == message
+    if message.startswith("top_k"):
+        assert isinstance(caught.value, InvalidRequest)
+        assert caught.value.field == "top_k"
+
+
+async def test_a_failure_in_the_middle_keeps_the_text_and_the_client_goes_on() -> None:
+    def handler(request: InferRequest) -> Iterator[Item]:
+        yield delta("half ")
+        if request.inputs["text_input"] == ("bad",):
+            yield ModelError(grpc.StatusCode.INTERNAL, "the engine failed")
+        yield final()
+
+    async with FakeTriton(handler) as server, Client(server.url) as client:
+        with pytest.raises(ServerError, match="the engine failed") as caught:
+            await client.generate("bad")
+        assert caught.value.text == "half "
+        assert caught.value.request_id == server.requests[0].request_id
+        assert (await client.generate("good")).text == "half "
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (struct.pack("<I", 3) + b"a\xc3(", "text_output is not valid UTF-8"),
+        (struct.pack("<I", 300) + b"abc", "text_output is malformed"),
+    ],
+)
+async def test_bytes_that_are_no_text(content: bytes, message: str) -> None:
+    async with FakeTriton(lambda request: [delta("ok"), content]) as server, Client(server.url) as client:
+        with pytest.raises(ServerError, match=message) as caught:
+            await client.generate("hi")
+    assert caught.value.text == "ok"
+
+
+async def test_a_stream_that_just_ends() -> None:
+    async with FakeTriton(lambda request: [delta("a")]) as server, Client(server.url) as client:
+        with pytest.raises(ServerError, match="without a finish reason"):
+            await client.generate("hi")
+
+
+async def test_the_deadline_reaches_the_server() -> None:
+    async with FakeTriton(hang) as server, Client(server.url) as client:
+        with pytest.raises(DeadlineExceeded, match=r"no end after 0\.2 s") as caught:
+            await client.generate("hi", timeout_s=0.2)
+        await server.until_left()
+    assert caught.value.text == "a"
+
+
+async def test_closing_the_generator_reaches_the_server() -> None:
+    async with FakeTriton(hang) as server, Client(server.url) as client:
+        events = client.stream("hi", request_id="closed")
+        async for _ in events:
+            break
+        await events.aclose()
+        await server.until_left()
+        assert server.left == ["closed"]
+
+
+async def test_leaving_the_loop_reaches_the_server() -> None:
+    async with FakeTriton(hang) as server, Client(server.url) as client:
+        async for _ in client.stream("hi"):
+            break
+        await server.until_left()
+
+
+async def test_cancelling_the_task_reaches_the_server() -> None:
+    async with FakeTriton(hang) as server, Client(server.url) as client:
+        task = asyncio.create_task(client.generate("hi"))
+        while not server.requests:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await server.until_left()
+
+
+async def test_closing_the_client_ends_its_requests_as_cancelled() -> None:
+    async with FakeTriton(hang) as server:
+        client = Client(server.url)
+        task = asyncio.create_task(client.generate("hi"))
+        while not server.requests:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+        await client.close()
+        with pytest.raises(Cancelled, match="client was closed"):
+            await task
+
+
+async def test_nobody_listens(unused_tcp_port: int) -> None:
+    async with Client(f"127.0.0.1:{unused_tcp_port}", connect_timeout_s=5) as client:
+        started = time.monotonic()
+        with pytest.raises(ConnectError, match=f"no Triton gRPC server at 127.0.0.1:{unused_tcp_port}"):
+            await client.generate("hi")
+        assert time.monotonic() - started < 3, "a refused connection does not wait for the timeout"
+        with pytest.raises(ConnectError):
+            await client.metadata()
+        assert not await client.is_live()
+        assert not await client.is_ready()
+
+
+async def test_somebody_listens_who_never_answers() -> None:
+    gone = asyncio.Event()
+
+    async def ignore(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        gone.set()
+
+    listener = await asyncio.start_server(ignore, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with Client(f"127.0.0.1:{port}", connect_timeout_s=0.2) as client:
+        with pytest.raises(ConnectError, match=r"no answer in 0\.2 s"):
+            await client.generate("hi", timeout_s=30)
+    await asyncio.wait_for(gone.wait(), 5)
+    listener.close()
+    await listener.wait_closed()
+
+
+async def test_the_connection_breaks_in_the_middle_and_comes_back(unused_tcp_port: int) -> None:
+    async with Client(f"127.0.0.1:{unused_tcp_port}") as client:
+        async with FakeTriton(hang, port=unused_tcp_port) as server:
+            task = asyncio.create_task(client.generate("hi"))
+            while not server.requests:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05)
+            await server.stop()
+            with pytest.raises(ClientError) as caught:
+                await task
+        assert type(caught.value) in (ConnectError, Cancelled)
+        assert caught.value.text == "a"
+        async with FakeTriton(answer, port=unused_tcp_port):
+            await client.wait_until_ready(5)
+            assert (await client.generate("hi")).text == "Hello wörld"
+
+
+async def test_not_ready_in_time(unused_tcp_port: int) -> None:
+    async with Client(f"127.0.0.1:{unused_tcp_port}", model="demo") as client:
+        with pytest.raises(DeadlineExceeded, match=r"demo is not ready after 0\.2 s"):
+            await client.wait_until_ready(0.2, poll_s=0.05)
+
+
+async def test_many_at_once_and_a_long_prompt() -> None:
+    def echo(request: InferRequest) -> Iterator[Item]:
+        yield 0.01
+        yield {**delta(str(request.inputs["text_input"][0])), **final()}
+
+    texts = [str(index) for index in range(50)] + ["é" * 3_000_000]
+    async with FakeTriton(echo) as server, Client(server.url) as client:
+        results = await asyncio.gather(*(client.generate(text) for text in texts))
+    assert [result.text for result in results] == texts
+
+
+async def test_metadata() -> None:
+    async with FakeTriton(answer) as server, Client(server.url, model="demo") as client:
+        assert await client.is_live()
+        assert await client.is_ready()
+        info = await client.metadata()
+    assert (info.server, info.model) == ("fake", "demo")
+    assert "preview_output" in info.outputs
