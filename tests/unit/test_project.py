@@ -23,6 +23,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from dgemma_runtime.parameters import SUPPORTED
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = {
@@ -207,6 +209,12 @@ def test_the_documents_name_only_targets_that_exist() -> None:
     for document in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", ".ci/run"):
         named = set(re.findall(r"(?:`|^)make ([a-z]+)", (ROOT / document).read_text(), re.MULTILINE))
         assert named <= known, f"{document} names {named - known}"
+
+
+def test_the_readme_lists_every_request_parameter() -> None:
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = {name for cell in table for name in re.findall(r"`(\w+)`", cell)}
+    assert set(SUPPORTED) <= named
 
 
 def test_ci_runs_the_readme_s_test_command() -> None:
