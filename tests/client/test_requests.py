@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 def inputs(parameters: dict[str, Any], **prompt: Any) -> dict[str, Any]:
-    request = build("m", "id", Prompt(**(prompt or {"text": "hi"})), Parameters(**parameters), previews=False)
+    request = build("m", "id", Prompt(**(prompt or {"text": "hi"})), cast(Parameters, parameters), previews=False)
     encode("m", "id", request.inputs)
     return dict(request.inputs)
 
