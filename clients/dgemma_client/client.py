@@ -75,6 +75,7 @@ class Client:
         """
         texts: list[str] = []
         token_ids: list[int] = []
+        done: Done | None = None
         events = self.stream(
             prompt,
             messages=messages,
@@ -89,8 +90,9 @@ class Client:
                     texts.append(event.text)
                     token_ids += event.token_ids
                 elif isinstance(event, Done):
-                    return Result("".join(texts), tuple(token_ids), event.finish_reason, event.statistics)
-        raise AssertionError("a stream ends with Done or with an error")
+                    done = event
+        assert done is not None, "a stream ends with Done or with an error"
+        return Result("".join(texts), tuple(token_ids), done.finish_reason, done.statistics)
 
     async def stream(
         self,

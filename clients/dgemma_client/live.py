@@ -84,7 +84,7 @@ def canvas_panel(spans: list[Span], title: str, height: int | None = None) -> Pa
 class LiveCanvas:
     """Shows events on `console` while whole lines of final text go to `write`; leaves only the text behind."""
 
-    def __init__(self, console: Console, write: Callable[[str], None]) -> None:
+    def __init__(self, console: Console, write: Callable[[str], object]) -> None:
         self._live = Live(console=console, transient=True, refresh_per_second=15, redirect_stdout=False)
         self._write = write
         self._history = CanvasHistory()

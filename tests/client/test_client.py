@@ -28,8 +28,10 @@ pytestmark = pytest.mark.asyncio
 
 
 async def test_three_lines_to_the_first_result() -> None:
-    async with Client(transport=MockTransport(reply("Hello ", "world"))) as client:
+    transport = MockTransport(reply("Hello ", "world"))
+    async with Client(transport=transport) as client:
         result = await client.generate("hi", max_tokens=64, seed=1)
+    assert transport.cancelled == [], "a request that is done is read to its end"
     assert str(result) == result.text == "Hello world"
     assert result.finish_reason == "stop"
     assert result.statistics.canvases == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import sys
 import time
 from collections.abc import Iterator
 
@@ -186,19 +187,35 @@ async def test_somebody_listens_who_never_answers() -> None:
                 await client.generate("hi", timeout_s=30)
 
 
-async def test_the_connection_breaks_in_the_middle_and_comes_back(unused_tcp_port: int) -> None:
-    async with Client(f"127.0.0.1:{unused_tcp_port}") as client:
-        async with FakeTriton(hang, port=unused_tcp_port) as server:
-            task = asyncio.create_task(client.generate("hi"))
-            while not server.requests:
-                await asyncio.sleep(0.005)
-            await asyncio.sleep(0.05)
-            await server.stop()
-            with pytest.raises(ClientError) as caught:
-                await task
-        assert type(caught.value) in (ConnectError, Cancelled)
+SERVER_SCRIPT = """
+import asyncio
+from dgemma_client.fake_triton import FakeTriton
+from dgemma_client.mock import delta
+
+async def main():
+    async with FakeTriton(lambda request: [delta("a"), 60.0]) as server:
+        print(server.port, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+async def test_the_server_is_killed_in_the_middle_and_comes_back() -> None:
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", SERVER_SCRIPT, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    port = int(await process.stdout.readline())
+    async with Client(f"127.0.0.1:{port}") as client:
+        events = client.stream("hi")
+        assert await anext(events) == Delta("a", ())
+        process.kill()
+        with pytest.raises(ConnectError, match="broke") as caught:
+            await anext(events)
+        await process.wait()
         assert caught.value.text == "a"
-        async with FakeTriton(answer, port=unused_tcp_port):
+        with pytest.raises(ConnectError, match="no Triton gRPC server"):
+            await client.generate("hi")
+        async with FakeTriton(answer, port=port):
             await client.wait_until_ready(5)
             assert (await client.generate("hi")).text == "Hello wörld"
 
