@@ -172,11 +172,6 @@ class Margins:
     confidence: float  # nats, of the mean entropy to the confidence threshold; inf with fixed steps
     routing: float  # gap of the router probabilities of the last expert in and the first out, least over tokens
 
-    @property
-    def least(self) -> float:
-        """The smallest margin of a decision that a sampler takes; routing is the model's own."""
-        return min(self.argmax, self.sample, self.acceptance, self.confidence)
-
 
 @dataclass(frozen=True)
 class StepTrace:
@@ -224,23 +219,26 @@ class GenerationTrace:
     output_ids: Int32Array  # [canvases * canvas_length], padding after the end as `generate` returns it
     canvases: tuple[CanvasTrace, ...]
 
-    @property
-    def least_margin(self) -> float:
-        return min(step.margins.least for canvas in self.canvases for step in canvas.steps)
-
-    @property
-    def least_routing_margin(self) -> float:
-        return min(step.margins.routing for canvas in self.canvases for step in canvas.steps)
-
     def near_ties(self, below: float) -> list[str]:
-        """Names of the decisions whose margin is below `below`."""
+        """Names of the decisions that matter to the output and whose margin is below `below`."""
         return [
-            f"canvas {canvas.canvas_index} step {step.step}: {name} margin {value:.1e}"
+            f"canvas {canvas.canvas_index} step {step.step}: {name} margin {vars(step.margins)[name]:.1e}"
             for canvas in self.canvases
             for step in canvas.steps
-            for name, value in vars(step.margins).items()
-            if name != "routing" and value < below
+            for name in _decisions(step, last=step is canvas.steps[-1])
+            if vars(step.margins)[name] < below
         ]
+
+
+def _decisions(step: StepTrace, last: bool) -> tuple[str, ...]:
+    """Which margins of a step count: the last one emits its argmax, the others go on with accepted samples.
+
+    With fixed steps nothing depends on the argmax of any other step.
+    """
+    adaptive = np.isfinite(step.margins.confidence)
+    if last:
+        return ("argmax", "confidence")
+    return ("sample", "acceptance", "confidence", *(("argmax",) if adaptive else ()))
 
 
 class _Recorder:

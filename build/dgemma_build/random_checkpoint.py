@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,7 @@ from dgemma_build.random_shapes import SHAPES, Shape
 FloatArray = npt.NDArray[np.float32]
 Tensors = dict[str, FloatArray]
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|turn>"
-    "{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
-    "{{ message['content'] | trim }}<turn|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn>model\n{% endif %}"
-)
+CHAT_TEMPLATE = Path(__file__).parent / "demo" / "chat_template.jinja"
 _VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 8,
@@ -284,7 +280,7 @@ def write_checkpoint(directory: Path, name: str, seed: int = 0) -> Path:
         ("tokenizer_config.json", tokenizer_config),
     ):
         (directory / file).write_text(json.dumps(content, indent=2) + "\n")
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    shutil.copyfile(CHAT_TEMPLATE, directory / "chat_template.jinja")
     build_plain_tokenizer(shape.vocab_size).save(str(directory / "tokenizer.json"))
     return directory
 

@@ -1,0 +1,1 @@
+"""The benchmark against transformers: `python -m dgemma_build.bench`."""
