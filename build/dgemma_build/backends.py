@@ -15,13 +15,19 @@ from dgemma_runtime.errors import ConfigurationError
 
 
 class Backend(Protocol):
-    """One engine library."""
+    """One engine library at one precision."""
 
-    lowering: Lowering
-    version: str
-    target: str
+    @property
+    def version(self) -> str: ...
 
-    def build(self, directory: Path, config: TextConfig, max_model_len: int, max_batch_size: int) -> None:
+    @property
+    def target(self) -> str: ...
+
+    def lowering(self, config: TextConfig, max_model_len: int) -> Lowering:
+        """How the graph is written for it."""
+        ...
+
+    def build(self, directory: Path, config: TextConfig, max_batch_size: int) -> None:
         """Turn `model.onnx` in `directory` into what the runtime loads."""
         ...
 
@@ -30,16 +36,18 @@ class Backend(Protocol):
 class OnnxRuntimeBackend:
     """The graph is the engine; fp32 on the CPU."""
 
-    lowering: Lowering
     version: str
     target: str = "cpu"
 
-    def build(self, directory: Path, config: TextConfig, max_model_len: int, max_batch_size: int) -> None:
+    def lowering(self, config: TextConfig, max_model_len: int) -> Lowering:
+        """Experts do no work for tokens that did not choose them."""
+        return Lowering(moe="grouped", dtype=TensorProto.FLOAT)
+
+    def build(self, directory: Path, config: TextConfig, max_batch_size: int) -> None:
         """Nothing to do: ONNX Runtime reads the graph as it is."""
 
 
 PRECISIONS = {"onnxruntime": ("fp32",), "tensorrt_rtx": ("bf16", "fp16")}
-_DTYPES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
 
 
 def backend_for(name: str, precision: str) -> Backend:
@@ -50,7 +58,9 @@ def backend_for(name: str, precision: str) -> Backend:
         choices = ", ".join(PRECISIONS[name])
         raise ConfigurationError(f"--precision {precision}: {name} is built in {choices}")
     if name == "onnxruntime":
-        return OnnxRuntimeBackend(Lowering("grouped", _DTYPES[precision]), version("onnxruntime"))
-    from dgemma_build.tensorrt_rtx import TensorRtRtxBackend
-
-    return TensorRtRtxBackend.create(Lowering("dense", _DTYPES[precision]))
+        return OnnxRuntimeBackend(version("onnxruntime"))
+    try:  # a separate environment has it: see the extra `tensorrt-rtx`
+        from dgemma_build.tensorrt_rtx import DTYPES, TensorRtRtxBackend
+    except ImportError as error:
+        raise ConfigurationError(f"--backend {name}: {error}; install the package tensorrt-rtx") from None
+    return TensorRtRtxBackend(DTYPES[precision])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dgemma_build.backends import backend_for
 from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.graph import Lowering, write_graph
 from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
@@ -34,38 +35,48 @@ Progress = Callable[[str], None]
 
 
 def build_engine(request: BuildRequest, progress: Progress) -> Manifest:
-    """Build into a temporary directory beside `output` and move it there; nothing half-written is ever loadable."""
+    """Build into a directory beside `output` and move it there; nothing half-written is ever loadable.
+
+    Raises CheckpointError or ConfigurationError, with the old `output` untouched.
+    """
     checkpoint = Checkpoint(request.checkpoint)
     for name in _REQUIRED_FILES:
         if not (request.checkpoint / name).is_file():
             raise CheckpointError(f"{request.checkpoint / name}: not found; the server needs it")
-    spec = checkpoint.config.spec
-    longest = request.max_model_len or spec.max_position_embeddings
-    if not spec.canvas_length < longest <= spec.max_position_embeddings:
-        raise ConfigurationError(
-            f"--max-model-len {longest}: must be more than one canvas ({spec.canvas_length} tokens) and at most the "
-            f"checkpoint's {spec.max_position_embeddings}"
-        )
-    from dgemma_build.backends import backend_for  # the optional libraries are imported by the backend that is asked for
-
-    backend = backend_for(request.backend, request.precision)
-    staging = request.output.with_name(request.output.name + ".partial")
+    output = request.output
+    if output.exists() and not (output / MANIFEST_FILE).exists() and any(output.iterdir()):
+        raise ConfigurationError(f"--output {output}: exists and is not an engine directory; choose another")
+    staging = output.with_name(output.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    try:
+        manifest = _build(request, checkpoint, staging, progress)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if output.exists():
+        shutil.rmtree(output)
+    staging.replace(output)
+    return manifest
+
+
+def _build(request: BuildRequest, checkpoint: Checkpoint, directory: Path, progress: Progress) -> Manifest:
+    longest = _max_model_len(request, checkpoint)
+    backend = backend_for(request.backend, request.precision)
     progress("hashing the checkpoint")
     digest = checkpoint.sha256()
-    progress(f"writing the graph ({len(list(checkpoint.names()))} tensors; {len(checkpoint.left_out)} vision tensors left out)")
-    write_graph(checkpoint, staging / MODEL_FILE, backend.lowering)
-    onnx_sha256 = file_sha256(staging / MODEL_FILE)
+    count, left_out = len(list(checkpoint.names())), len(checkpoint.left_out)
+    progress(f"writing the graph: {count} tensors, {left_out} of the vision tower left out")
+    write_graph(checkpoint, directory / MODEL_FILE, backend.lowering(checkpoint.config, longest))
+    onnx_sha256 = file_sha256(directory / MODEL_FILE)
     progress(f"building with {request.backend}")
-    backend.build(staging, checkpoint.config, longest, request.max_batch_size or 0)
+    backend.build(directory, checkpoint.config, request.max_batch_size or 0)
     for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
         if (request.checkpoint / name).is_file():
-            shutil.copyfile(request.checkpoint / name, staging / name)
+            shutil.copyfile(request.checkpoint / name, directory / name)
     progress("hashing the engine")
-    files = {path.name: file_sha256(path) for path in sorted(staging.iterdir())}
     manifest = Manifest(
-        model=spec,
+        model=checkpoint.config.spec,
         checkpoint=request.checkpoint.resolve().name,
         checkpoint_sha256=digest,
         backend=request.backend,
@@ -75,13 +86,21 @@ def build_engine(request: BuildRequest, progress: Progress) -> Manifest:
         onnx_sha256=onnx_sha256,
         max_model_len=longest,
         max_batch_size=request.max_batch_size or 0,
-        files=files,
+        files={path.name: file_sha256(path) for path in sorted(directory.iterdir())},
         generation_defaults=checkpoint.generation_defaults(),
     )
-    manifest.save(staging)
-    if request.output.exists():
-        if not (request.output / MANIFEST_FILE).exists() and any(request.output.iterdir()):
-            raise ConfigurationError(f"--output {request.output}: exists and is not an engine directory; choose another")
-        shutil.rmtree(request.output)
-    staging.replace(request.output)
+    manifest.save(directory)
     return manifest
+
+
+def _max_model_len(request: BuildRequest, checkpoint: Checkpoint) -> int:
+    spec = checkpoint.config.spec
+    longest = spec.max_position_embeddings if request.max_model_len is None else request.max_model_len
+    if not spec.canvas_length < longest <= spec.max_position_embeddings:
+        raise ConfigurationError(
+            f"--max-model-len {longest}: must be more than one canvas ({spec.canvas_length} tokens) and at most the "
+            f"checkpoint's {spec.max_position_embeddings}"
+        )
+    if request.max_batch_size is not None and request.max_batch_size < 1:
+        raise ConfigurationError(f"--max-batch-size {request.max_batch_size}: must be at least 1")
+    return longest

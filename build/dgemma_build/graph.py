@@ -49,6 +49,7 @@ class Lowering:
 
     moe: str = "grouped"  # a key of MOE_LOWERINGS
     dtype: int = TensorProto.FLOAT  # of weights and activations; norms' sums, router and head are float32 always
+    cache_slots: tuple[int, int] | None = None  # fixed slots of sliding and full caches; dynamic without
 
 
 def write_graph(checkpoint: Checkpoint, path: Path, lowering: Lowering) -> None:
@@ -113,8 +114,8 @@ class _DenoiserGraph:
         w.save("dgemma-build", {"precision": self.numpy_dtype.name, "moe": self.lowering.moe})
 
     def _cache_shape(self, layer: LayerSpec) -> list[int | str]:
-        slots = "S_sliding" if layer.kind == SLIDING else "S_full"
-        return ["B", layer.num_key_value_heads, slots, layer.head_dim]
+        slots: tuple[int | str, int | str] = self.lowering.cache_slots or ("S_sliding", "S_full")
+        return ["B", layer.num_key_value_heads, slots[layer.kind == FULL], layer.head_dim]
 
     def _shared(self) -> None:
         """Once per call: positions, rotary tables, masks, write offsets, layer scalars."""

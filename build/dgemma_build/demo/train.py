@@ -1,8 +1,10 @@
 """Train the demo checkpoint on generated data: `python -m dgemma_build.demo.train --output DIR`.
 
 Uniform-state diffusion: each example's canvas has a corruption level uniform in [0, 1], every position is replaced
-by a random token with that probability, and the loss is the cross-entropy over all canvas positions. Half of the
-examples are self-conditioned on a first pass without gradient. Matrices are trained with Muon, the rest with AdamW.
+by a random token with that probability, and the loss is the cross-entropy over all canvas positions. In the second
+phase a share of the examples is corrupted in order instead, little before a random cut and fully behind it, as
+canvases of long structured answers are while they are denoised. Half of the examples are self-conditioned on a first
+pass without gradient. Matrices are trained with Muon, the rest with AdamW.
 """
 
 from __future__ import annotations
@@ -34,12 +36,27 @@ LONG_SKILLS = ("table",)
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What the batches of a stretch of steps are like, from `from_step` on."""
+
+    from_step: int
+    short_batch: int
+    long_batch: int
+    ordered_share: float  # of the examples corrupted in order
+
+
+PHASES = (Phase(0, 48, 12, 0.0), Phase(1250, 32, 24, 0.4))
+
+
+def phase_of(step: int) -> Phase:
+    return max((phase for phase in PHASES if phase.from_step <= step), key=lambda phase: phase.from_step)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a training run does; every number that shapes the weights is here."""
+    """What a training run does; with PHASES, every number that shapes the weights."""
 
     steps: int
-    short_batch: int = 48
-    long_batch: int = 12
     seed: int = 0
     vocab_size: int = 1024
     muon_lr: float = 0.02
@@ -108,8 +125,8 @@ def _produce(out: Queue[object], tokenizer_json: str, plan: Plan, canvas_length:
         rng = random.Random(f"{plan.seed}:{step}")
         parts: list[Tensor] = []
         for skills, count, width in (
-            (short, plan.short_batch, SHORT_CONTEXT),
-            (list(LONG_SKILLS), plan.long_batch, LONG_CONTEXT),
+            (short, phase_of(step).short_batch, SHORT_CONTEXT),
+            (list(LONG_SKILLS), phase_of(step).long_batch, LONG_CONTEXT),
         ):
             weights = [SKILLS[skill].weight for skill in skills]
             pairs: list[tuple[list[int], list[int]]] = []
@@ -144,11 +161,20 @@ def batches(tokenizer: Tokenizer, plan: Plan, canvas_length: int, first_step: in
 
 
 def loss_of(
-    model: Denoiser, forward: object, context: Tensor, lengths: Tensor, clean: Tensor, rng: torch.Generator
+    model: Denoiser,
+    forward: object,
+    context: Tensor,
+    lengths: Tensor,
+    clean: Tensor,
+    ordered_share: float,
+    rng: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean cross-entropy, load-balance loss and accuracy [B] of one batch of clean canvases [B, C]."""
     batch, width = clean.shape
     level = torch.rand(batch, 1, generator=rng)
+    cut = torch.rand(batch, 1, generator=rng) * width
+    ramp = torch.where(torch.arange(width) < cut, 0.3 * level, torch.ones(()))
+    level = torch.where(torch.rand(batch, 1, generator=rng) < ordered_share, ramp, level.expand(-1, width))
     noise = torch.randint(model.config.vocab_size, clean.shape, generator=rng)
     noisy = torch.where(torch.rand(clean.shape, generator=rng) < level, noise, clean)
     soft = torch.zeros(batch, width, model.config.hidden_size)
@@ -193,15 +219,16 @@ def train(plan: Plan, output: Path, resume: bool, compiled: bool) -> None:
     log = (output / "train_log.jsonl").open("a")
     started = time.monotonic()
     total = sum(p.numel() for p in model.parameters())
-    log.write(json.dumps({"parameters": total, "plan": plan.__dict__, "first_step": first_step}) + "\n")
+    log.write(json.dumps({"parameters": total, "plan": plan.__dict__, "phases": [p.__dict__ for p in PHASES], "first_step": first_step}) + "\n")
     for step, data in enumerate(batches(tokenizer, plan, model.config.canvas_length, first_step), first_step):
         rng = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
         for optimizer, peak in zip(optimizers, (plan.muon_lr, plan.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = peak * _rate(step, plan)
         figures = {}
-        for name, part, weight in (("short", data[:3], 0.7), ("long", data[3:], 0.3)):
+        for name, part in (("short", data[:3]), ("long", data[3:])):
+            weight = len(part[0]) / (len(data[0]) + len(data[3]))
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, balance, accuracy = loss_of(model, forward, *part, rng)
+                loss, balance, accuracy = loss_of(model, forward, *part, phase_of(step).ordered_share, rng)
             (weight * (loss + plan.balance_weight * balance)).backward()  # type: ignore[no-untyped-call]
             figures[name] = round(loss.item(), 4)
             figures[f"{name}_accuracy"] = round(accuracy.mean().item(), 4)

@@ -1,0 +1,169 @@
+"""Reading checkpoints: names, shapes, both spellings of the config, and a clear error for every kind of damage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from dgemma_build.checkpoint import Checkpoint, canonical_name, expected_shapes
+from dgemma_runtime.errors import CheckpointError
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+
+
+def change_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(directory: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def refused(directory: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        checkpoint = Checkpoint(directory)
+        for name in checkpoint.names():
+            checkpoint.float32(name)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_every_text_tensor_is_found_and_the_vision_tower_is_left_out_by_name(odd_checkpoint: Path) -> None:
+    checkpoint = Checkpoint(odd_checkpoint)
+    assert set(checkpoint.names()) == set(expected_shapes(checkpoint.config))
+    assert checkpoint.left_out
+    assert all(name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision.")) for name in checkpoint.left_out)
+    with safe_open(odd_checkpoint / "model.safetensors", framework="numpy") as file:
+        assert len(checkpoint.left_out) + len(list(checkpoint.names())) == len(list(file.keys()))
+
+
+def test_encoder_and_decoder_scalars_are_different_tensors(odd_checkpoint: Path) -> None:
+    checkpoint = Checkpoint(odd_checkpoint)
+    encoder, decoder = (checkpoint.float32(f"layers.0.{side}_layer_scalar") for side in ("encoder", "decoder"))
+    assert not np.array_equal(encoder, decoder)
+
+
+def test_shared_weights_may_be_stored_under_the_encoder(checkpoint_copy: Path) -> None:
+    expected = Checkpoint(checkpoint_copy).float32("layers.0.mlp.up_proj.weight")
+    moved = "model.encoder.language_model.layers.0.mlp.up_proj.weight"
+    change_tensors(
+        checkpoint_copy, lambda t: t.update({moved: t.pop("model.decoder.layers.0.mlp.up_proj.weight")})
+    )
+    assert np.array_equal(Checkpoint(checkpoint_copy).float32("layers.0.mlp.up_proj.weight"), expected)
+
+
+def test_both_spellings_of_the_full_layers_are_read(checkpoint_copy: Path) -> None:
+    """The fixture is written as the release is; transformers saves the same as `per_layer_config`."""
+    expected = Checkpoint(checkpoint_copy).config
+
+    def respell(config: dict[str, Any]) -> None:
+        text = config["text_config"]
+        override = {"head_dim": text.pop("global_head_dim"), "num_key_value_heads": text.pop("num_global_key_value_heads")}
+        full = [index for index, kind in enumerate(text["layer_types"]) if kind == "full_attention"]
+        text["per_layer_config"] = {str(index): override for index in full}
+
+    change_config(checkpoint_copy, respell)
+    found = Checkpoint(checkpoint_copy).config
+    assert found.spec == expected.spec
+    assert found.spec.layers[-1].head_dim != found.spec.layers[0].head_dim
+    for kind, rope in expected.rope.items():
+        assert np.array_equal(found.rope[kind].inverse_frequencies, rope.inverse_frequencies)
+
+
+def test_sharded_checkpoints_are_read_through_their_index(checkpoint_copy: Path) -> None:
+    tensors = load_file(checkpoint_copy / "model.safetensors")
+    digest = {name: Checkpoint(checkpoint_copy).float32(name).sum() for name in Checkpoint(checkpoint_copy).names()}
+    (checkpoint_copy / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, members in parts.items():
+        save_file({name: tensors[name] for name in members}, checkpoint_copy / shard)
+    weight_map = {name: shard for shard, members in parts.items() for name in members}
+    index = checkpoint_copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = Checkpoint(checkpoint_copy)
+    assert {name: checkpoint.float32(name).sum() for name in checkpoint.names()} == digest
+    (checkpoint_copy / "model-00002-of-00002.safetensors").unlink()
+    refused(checkpoint_copy, "model-00002-of-00002.safetensors", "not found")
+    index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
+    refused(checkpoint_copy, "outside of the checkpoint directory")
+
+
+def test_bfloat16_is_widened_exactly(checkpoint_copy: Path) -> None:
+    name = "model.decoder.norm.weight"
+    change_tensors(checkpoint_copy, lambda t: t.update({name: t[name].astype(ml_dtypes.bfloat16)}))
+    checkpoint = Checkpoint(checkpoint_copy)
+    assert checkpoint.tensor("norm.weight").dtype == ml_dtypes.bfloat16
+    assert np.array_equal(checkpoint.float32("norm.weight"), checkpoint.tensor("norm.weight").astype(np.float32))
+
+
+def test_one_expert_is_the_same_as_the_stack_sliced(odd_checkpoint: Path) -> None:
+    checkpoint = Checkpoint(odd_checkpoint)
+    name = "layers.0.experts.gate_up_proj"
+    assert np.array_equal(checkpoint.float32_slice(name, 2), checkpoint.float32(name)[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop("model.decoder.norm.weight"), ("missing", "norm.weight")),
+        (lambda t: t.update({"model.decoder.extra": np.zeros(1, np.float32)}), ("unknown", "model.decoder.extra")),
+        (lambda t: t.update({"model.decoder.norm.weight": np.zeros(3, np.float32)}), ("norm.weight", "shape is [3]")),
+        (lambda t: t.update({"model.decoder.norm.weight": np.zeros(56, np.int32)}), ("norm.weight", "dtype is I32")),
+        (lambda t: t["model.decoder.norm.weight"].fill(np.nan), ("norm.weight", "NaN")),
+    ],
+)
+def test_damaged_tensors_are_named(checkpoint_copy: Path, change: Callable[[Tensors], object], words: tuple[str, ...]) -> None:
+    change_tensors(checkpoint_copy, change)
+    refused(checkpoint_copy, *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(model_type="gemma4"), ("model_type", "'gemma4'", "'diffusion_gemma'")),
+        (lambda c: c.pop("text_config"), ("text_config",)),
+        (lambda c: c["text_config"].pop("num_experts"), ("text_config.num_experts is missing",)),
+        (lambda c: c["text_config"].update(hidden_activation="silu"), ("hidden_activation", "'silu'")),
+        (lambda c: c["text_config"].update(num_hidden_layers=9), ("layer_types", "num_hidden_layers")),
+        (lambda c: c["text_config"].update(use_bidirectional_attention="all"), ("use_bidirectional_attention", "'all'")),
+        (lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(rope_type="yarn"), ("rope", "yarn")),
+        (lambda c: c["text_config"].update(hidden_size=64), ("the config asks for",)),
+    ],
+)
+def test_foreign_configs_are_named(
+    checkpoint_copy: Path, change: Callable[[dict[str, Any]], object], words: tuple[str, ...]
+) -> None:
+    change_config(checkpoint_copy, change)
+    refused(checkpoint_copy, *words)
+
+
+def test_missing_and_unreadable_files_are_named(checkpoint_copy: Path) -> None:
+    (checkpoint_copy / "model.safetensors").write_bytes(b"not safetensors at all")
+    refused(checkpoint_copy, "model.safetensors", "not a readable safetensors file")
+    (checkpoint_copy / "model.safetensors").unlink()
+    refused(checkpoint_copy, "model.safetensors", "not found")
+    (checkpoint_copy / "config.json").write_text("{")
+    refused(checkpoint_copy, "config.json", "JSON")
+    (checkpoint_copy / "config.json").unlink()
+    refused(checkpoint_copy, "config.json", "not found")
+
+
+def test_canonical_names() -> None:
+    assert canonical_name("model.decoder.layers.3.layer_scalar") == "layers.3.decoder_layer_scalar"
+    assert canonical_name("model.encoder.language_model.layers.3.layer_scalar") == "layers.3.encoder_layer_scalar"
+    assert canonical_name("lm_head.weight") == "embed_tokens.weight"
+    assert canonical_name("model.decoder.norm.weight") == "norm.weight"
+    assert canonical_name("transformer.norm.weight") == "transformer.norm.weight"
