@@ -138,7 +138,11 @@ def parse_parameters(values: Mapping[str, object], defaults: GenerationParameter
     replaces the checkpoint's end ids, -1 leaves none. Unknown names and what the runtime cannot do raise
     InvalidRequest, except for values that ask for nothing (top_k 0 or -1, top_p 1, penalties 1/0/0, drafter "off").
     """
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in values.items()
+        if value is not None
+    }
     _refuse(given)
     changes: dict[str, Any] = {}
     for name in ("max_tokens", "seed", "max_denoising_steps", "entropy_bound", "t_min", "t_max"):
@@ -213,8 +217,7 @@ def _boolean(name: str, value: object) -> bool:
 
 
 def _end_ids(value: object) -> tuple[int, ...]:
-    many = isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
-    items: list[Any] = list(value) if many else [value]  # type: ignore[call-overload]
+    items: Sequence[Any] = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for item in items:
         if not isinstance(item, int | np.integer) or isinstance(item, bool) or not 0 <= item < 2**31:
             raise InvalidRequest("end_id", f"must be a token id or a list of them, or -1 for none, got {_shown(value)}")
