@@ -1,0 +1,190 @@
+"""What `make demo` runs: a real Triton server, a held-out prompt per skill over gRPC, canvases live, checked answers.
+
+The one place that ties exporter, runtime and client together. `python -m dgemma_build.demo.show --engine DIR`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dgemma_build.demo.skills import SKILLS, Example, held_out_set
+from dgemma_client import Client, ClientError, Delta, Done, Event, Preview, Statistics
+from dgemma_client.live import LiveCanvas, printable
+from dgemma_client.picture import chosen, draw, frames
+from dgemma_runtime.errors import DGemmaError
+from dgemma_runtime.server import running_server
+
+REQUIRED = ("sudoku4", "sudoku6", "json", "table", "infill")  # skills that must be right for exit code 0
+EXAMPLE = {"json": 2, "infill": 2}  # which of the held-out examples is shown; the first if not named
+SEED = 7
+PICTURE_SKILL, PICTURE_FRAMES = "sudoku6", 5
+MAX_TOKENS = 512
+PACE_S = 0.08  # a terminal shows each step at least so long; the figures are taken as the events arrive
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One skill's answer and whether its checker took it."""
+
+    example: Example
+    answer: str
+    right: bool
+    previews: tuple[Preview, ...]
+    statistics: Statistics
+
+
+def examples() -> list[Example]:
+    """One held-out example of each skill, always the same."""
+    return [held_out_set(skill, EXAMPLE.get(skill, 0) + 1)[-1] for skill in SKILLS]
+
+
+async def ask(client: Client, example: Example, console: Console) -> Outcome:
+    """Send the prompt and show the answer as it is made; live on a terminal, a line per step elsewhere."""
+    console.rule(Text(example.skill, "bold"), align="left")
+    console.print(Text(example.prompt, "dim"))
+    console.rule(characters="·", style="dim")
+    events: list[Event] = []
+    stream = client.stream(
+        messages=[{"role": "user", "content": example.prompt}], previews=True, seed=SEED, max_tokens=MAX_TOKENS
+    )
+    if console.is_terminal:
+        with LiveCanvas(console, console.file.write) as view:
+            async for event in _paced(stream):
+                view.show(event)
+                events.append(event)
+    else:
+        async with aclosing(stream):
+            async for event in stream:
+                _print_line(console, event)
+                events.append(event)
+    answer = "".join(event.text for event in events if isinstance(event, Delta))
+    right = SKILLS[example.skill].check(example.prompt, answer)
+    if console.is_terminal:
+        console.print()
+    console.print(
+        Text("right" if right else f"WRONG, a right answer is\n{example.answer}", "green" if right else "red")
+    )
+    previews = tuple(event for event in events if isinstance(event, Preview))
+    statistics = next(event.statistics for event in events if isinstance(event, Done))
+    return Outcome(example, answer, right, previews, statistics)
+
+
+async def _paced(stream: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+    """The events, previews at least PACE_S apart; the stream itself is read without waiting."""
+    arrived: asyncio.Queue[Event | None] = asyncio.Queue()
+
+    async def read() -> None:
+        try:
+            async with aclosing(stream):
+                async for event in stream:
+                    arrived.put_nowait(event)
+        finally:
+            arrived.put_nowait(None)
+
+    reader = asyncio.create_task(read())
+    try:
+        while (event := await arrived.get()) is not None:
+            yield event
+            if isinstance(event, Preview):
+                await asyncio.sleep(PACE_S)
+        await reader
+    finally:
+        reader.cancel()
+
+
+def _print_line(console: Console, event: Event) -> None:
+    if isinstance(event, Preview):
+        canvas = printable(event.text).replace("\n", "↵")
+        line = f"canvas {event.canvas_index + 1} step {event.step:>2}  {canvas}"
+        console.print(Text(line), no_wrap=True, overflow="ignore", crop=False)
+    elif isinstance(event, Delta):
+        console.print(Text(event.text), soft_wrap=True)
+
+
+def summary(outcomes: Sequence[Outcome]) -> Table:
+    """One row per skill."""
+    table = Table(
+        "skill", "answer", title="Held-out prompts, answered by a Triton server over gRPC", title_justify="left"
+    )
+    for heading in ("tokens", "canvases", "steps", "tokens/forward", "first canvas ms", "total ms"):
+        table.add_column(heading, justify="right")
+    for outcome in outcomes:
+        figures = outcome.statistics
+        table.add_row(
+            outcome.example.skill,
+            Text("right", "green") if outcome.right else Text("wrong", "red"),
+            *(str(figures.num_output_tokens), str(figures.canvases), str(figures.denoising_steps)),
+            f"{figures.tokens_per_forward:.1f}",
+            f"{figures.time_to_first_canvas_ms:.0f}",
+            f"{figures.total_ms:.0f}",
+        )
+    return table
+
+
+async def show(url: str, console: Console, picture: Path | None = None, wait_s: float = 60.0) -> int:
+    """Ask every example of the server at `url`; returns the exit code, 0 if all required answers are right."""
+    async with Client(url, timeout_s=60) as client:
+        await client.wait_until_ready(wait_s)
+        outcomes = [await ask(client, example, console) for example in examples()]
+    console.print()
+    console.print(summary(outcomes))
+    if picture is not None:
+        _write_picture(picture, next(outcome for outcome in outcomes if outcome.example.skill == PICTURE_SKILL))
+        console.print(f"wrote {picture}")
+    wrong = [outcome.example.skill for outcome in outcomes if outcome.example.skill in REQUIRED and not outcome.right]
+    if wrong:
+        console.print(Text(f"The demo failed: wrong answers for {', '.join(wrong)}.", "red"))
+        return 1
+    console.print(Text(f"All {len(REQUIRED)} required answers are right.", "green"))
+    return 0
+
+
+def _write_picture(path: Path, outcome: Outcome) -> None:
+    figures = outcome.statistics
+    caption = (
+        f"{figures.num_output_tokens} tokens in {figures.denoising_steps} denoising steps: "
+        f"{figures.tokens_per_forward:.1f} tokens per forward pass"
+    )
+    shown = chosen(frames(outcome.previews, outcome.answer), PICTURE_FRAMES)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(draw(outcome.example.prompt, shown, caption))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the arguments (the process's own for None), run, and say in one line what went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m dgemma_build.demo.show", description="Show and check the demo.")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--engine", type=Path, help="engine directory; a server is started for it and stopped again")
+    where.add_argument("--url", help="gRPC endpoint of a server that already runs")
+    parser.add_argument("--picture", type=Path, help=f"also draw the {PICTURE_SKILL} canvas to this SVG file")
+    parser.add_argument("--wait", type=float, default=60.0, help="seconds until the model must be ready (%(default)s)")
+    args = parser.parse_args(arguments)
+    console = Console()
+    try:
+        if args.url is not None:
+            return asyncio.run(show(args.url, console, args.picture, args.wait))
+        console.print(f"Starting Triton with the engine in {args.engine}")
+        with running_server(args.engine) as server:
+            code = asyncio.run(show(server.grpc_url, console, args.picture, args.wait))
+        console.print("Triton has stopped.")
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ClientError, DGemmaError) as error:
+        print(f"The demo failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
