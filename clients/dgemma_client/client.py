@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, Unpack
@@ -65,12 +65,15 @@ class Client:
         *,
         messages: Sequence[Message] | None = None,
         input_ids: Sequence[int] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        enable_thinking: bool = False,
         timeout_s: float | None = None,
         request_id: str | None = None,
         **parameters: Unpack[Parameters],
     ) -> Result:
         """The whole answer to exactly one of `prompt` (raw text), `messages` (a chat) and `input_ids`.
 
+        `tools` and `enable_thinking` go to the chat template with `messages`.
         Raises any ClientError; its `text` is what had arrived. Cancelling the task cancels the request on the server.
         """
         texts: list[str] = []
@@ -80,6 +83,8 @@ class Client:
             prompt,
             messages=messages,
             input_ids=input_ids,
+            tools=tools,
+            enable_thinking=enable_thinking,
             timeout_s=timeout_s,
             request_id=request_id,
             **parameters,
@@ -100,6 +105,8 @@ class Client:
         *,
         messages: Sequence[Message] | None = None,
         input_ids: Sequence[int] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        enable_thinking: bool = False,
         previews: bool = False,
         timeout_s: float | None = None,
         request_id: str | None = None,
@@ -111,9 +118,8 @@ class Client:
         in `contextlib.aclosing`. Raises any ClientError; its `text` is what had arrived.
         """
         within_s = self._timeout_s if timeout_s is None else _seconds("timeout_s", timeout_s)
-        request = build(
-            self._model, request_id or uuid.uuid4().hex, Prompt(prompt, input_ids, messages), parameters, previews
-        )
+        asked = Prompt(prompt, input_ids, messages, tools, enable_thinking)
+        request = build(self._model, request_id or uuid.uuid4().hex, asked, parameters, previews)
         collector = Collector()
         try:
             responses = self._responses(request, within_s)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from typing import Any
 
 from dgemma_client.errors import Cancelled, ServerError
 from dgemma_client.events import Delta, Done, Event, Preview, Statistics
@@ -18,48 +20,46 @@ class Collector:
         self.done = False
         self._started = time.monotonic()
         self._first_canvas_ms: float | None = None
-        self._canvases = 0
-        self._steps_of_canvas = 0
 
     def events(self, outputs: Outputs) -> list[Event]:
         """The events of one response, in order; raises Cancelled where the server ended the request."""
         if self.done:
             raise ServerError("a response came after the last one")
         events: list[Event] = []
-        preview = _text(outputs, "preview_output")
-        if preview:
-            self._steps_of_canvas += 1
-            events.append(Preview(preview, self._canvases, self._steps_of_canvas))
+        if "preview_output" in outputs:
+            index, step = _integer(outputs, "canvas_index"), _integer(outputs, "canvas_steps")
+            events.append(Preview(_text(outputs, "preview_output"), index, step))
         text, ids = _text(outputs, "text_output"), outputs.get("output_ids", ())
         if text or ids:
             events.append(self._delta(text, ids))
-        reason = _text(outputs, "finish_reason")
-        if reason:
-            events.append(self._finish(reason, outputs))
+        if "finish_reason" in outputs:
+            events.append(self._finish(outputs))
         return events
 
     def _delta(self, text: str, ids: Values) -> Delta:
         if self._first_canvas_ms is None:
             self._first_canvas_ms = self._elapsed_ms()
-        self._canvases += 1
-        self._steps_of_canvas = 0
         self.text += text
         return Delta(text, tuple(int(token) for token in ids))
 
-    def _finish(self, reason: str, outputs: Outputs) -> Done:
+    def _finish(self, outputs: Outputs) -> Done:
         self.done = True
+        reason = _text(outputs, "finish_reason")
         if reason == "cancelled":
             raise Cancelled("the server ended the request before the answer was complete")
         if reason not in ("stop", "length"):
             raise ServerError(f"finish_reason is {reason!r}; expected stop, length or cancelled")
-        total_ms = self._elapsed_ms()
+        served, total_ms = _served(outputs), self._elapsed_ms()
         statistics = Statistics(
             num_input_tokens=_integer(outputs, "num_input_tokens"),
             num_output_tokens=_integer(outputs, "num_output_tokens"),
             denoising_steps=_integer(outputs, "denoising_steps"),
-            canvases=self._canvases,
+            canvases=int(_figure(served, "canvases")),
             time_to_first_canvas_ms=total_ms if self._first_canvas_ms is None else self._first_canvas_ms,
             total_ms=total_ms,
+            queue_ms=_figure(served, "queue_ms"),
+            prefill_ms=_figure(served, "prefill_ms"),
+            engine_ms=_figure(served, "engine_ms"),
         )
         return Done("stop" if reason == "stop" else "length", statistics)
 
@@ -75,5 +75,22 @@ def _text(outputs: Outputs, name: str) -> str:
 def _integer(outputs: Outputs, name: str) -> int:
     values = outputs.get(name, ())
     if not values:
-        raise ServerError(f"the last response has no {name}")
+        raise ServerError(f"a response with {' and '.join(outputs)} has no {name}")
     return int(values[0])
+
+
+def _served(outputs: Outputs) -> dict[str, Any]:
+    try:
+        served = json.loads(_text(outputs, "statistics"))
+    except ValueError as error:
+        raise ServerError(f"output statistics is not JSON: {error}") from None
+    if not isinstance(served, dict):
+        raise ServerError(f"output statistics is {type(served).__name__}; expected a JSON object")
+    return served
+
+
+def _figure(served: dict[str, Any], name: str) -> float:
+    value = served.get(name)
+    if not isinstance(value, int | float):
+        raise ServerError(f"output statistics has {name} {value!r}; expected a number")
+    return value

@@ -10,7 +10,10 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Figures of one request; tokens and steps as the server counted them, times as this client saw them."""
+    """Figures of one request: counted by the server, the first two times seen by this client, the others by the server.
+
+    `engine_ms` is spent in engine calls since the request was admitted, whichever requests they served.
+    """
 
     num_input_tokens: int
     num_output_tokens: int
@@ -18,6 +21,9 @@ class Statistics:
     canvases: int
     time_to_first_canvas_ms: float
     total_ms: float
+    queue_ms: float
+    prefill_ms: float
+    engine_ms: float
 
     @property
     def tokens_per_forward(self) -> float:
@@ -34,16 +40,16 @@ class Statistics:
 class Preview:
     """The canvas as it stands after a denoising step; everything in it may still change."""
 
-    text: str
+    text: str  # what would follow the text so far, were this canvas final
     canvas_index: int  # 0 for the first canvas of the answer
     step: int  # denoising steps of this canvas so far
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Text that is final: what came since the last one."""
+    """What is final since the last one."""
 
-    text: str
+    text: str  # may be empty where it could still become a stop string or is half a character
     token_ids: tuple[int, ...] = field(repr=False)
 
 

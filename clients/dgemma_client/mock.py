@@ -7,6 +7,7 @@ async with Client(transport=MockTransport(reply("Hello ", "world"))) as client:
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 
 from dgemma_client.errors import Cancelled, ClientError, ConnectError
@@ -19,9 +20,9 @@ Item = Outputs | ClientError | float  # a response, an error to raise, or second
 Handler = Callable[[InferRequest], Iterable[Item]]
 
 
-def preview(text: str) -> Outputs:
+def preview(text: str, canvas_index: int = 0, step: int = 1) -> Outputs:
     """A response that shows the canvas after a step."""
-    return {"preview_output": (text,)}
+    return {"preview_output": (text,), "canvas_index": (canvas_index,), "canvas_steps": (step,)}
 
 
 def delta(text: str, token_ids: Iterable[int] = ()) -> Outputs:
@@ -29,13 +30,17 @@ def delta(text: str, token_ids: Iterable[int] = ()) -> Outputs:
     return {"text_output": (text,), "output_ids": tuple(token_ids)}
 
 
-def final(finish_reason: str = "stop", *, input_tokens: int = 1, output_tokens: int = 1, steps: int = 1) -> Outputs:
+def final(
+    finish_reason: str = "stop", *, input_tokens: int = 1, output_tokens: int = 1, steps: int = 1, canvases: int = 1
+) -> Outputs:
     """The last response."""
+    figures = {"canvases": canvases, "queue_ms": 0.0, "prefill_ms": 0.0, "engine_ms": 0.0}
     return {
         "finish_reason": (finish_reason,),
         "num_input_tokens": (input_tokens,),
         "num_output_tokens": (output_tokens,),
         "denoising_steps": (steps,),
+        "statistics": (json.dumps(figures),),
     }
 
 
@@ -44,11 +49,11 @@ def reply(*texts: str) -> Handler:
 
     def handler(request: InferRequest) -> Iterator[Item]:
         wants_previews = request.inputs.get("stream_previews") == (True,)
-        for text in texts:
+        for index, text in enumerate(texts):
             if wants_previews:
-                yield preview(text)
+                yield preview(text, index)
             yield delta(text)
-        yield final(output_tokens=len(texts), steps=len(texts))
+        yield final(output_tokens=len(texts), steps=len(texts), canvases=len(texts))
 
     return handler
 

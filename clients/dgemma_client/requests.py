@@ -11,12 +11,7 @@ from typing import Any, TypedDict
 from dgemma_client.errors import InvalidRequest
 from dgemma_client.tensors import INPUTS, LISTS, Values
 
-
-class Message(TypedDict):
-    """One turn of a chat; `role` is system, user or assistant, as the checkpoint's chat template knows them."""
-
-    role: str
-    content: str
+Message = Mapping[str, object]  # {"role": "user", "content": "..."} and whatever else the chat template reads
 
 
 class Parameters(TypedDict, total=False):
@@ -62,18 +57,31 @@ class Prompt:
     text: str | None = None
     input_ids: Sequence[int] | None = None
     messages: Sequence[Message] | None = None
+    tools: Sequence[Mapping[str, object]] | None = None
+    enable_thinking: bool = False
 
     def tensors(self) -> dict[str, Values]:
         given = {
             "text_input": None if self.text is None else (self.text,),
             "input_ids": None if self.input_ids is None else tuple(self.input_ids),
-            "messages": None if self.messages is None else (_json("messages", list(self.messages)),),
+            "messages": None if self.messages is None else (_json("messages", self._chat(self.messages)),),
         }
         tensors: dict[str, Values] = {name: values for name, values in given.items() if values is not None}
         if len(tensors) != 1:
             found = " and ".join(tensors) or "none of them"
             raise InvalidRequest(f"prompt: got {found}; give exactly one of prompt, input_ids and messages")
+        for name in ("tools", "enable_thinking"):
+            if getattr(self, name) and self.messages is None:
+                raise InvalidRequest(f"{name}: only the chat template knows it; give the prompt as messages")
         return tensors
+
+    def _chat(self, messages: Sequence[Message]) -> dict[str, Any]:
+        chat: dict[str, Any] = {"messages": list(messages)}
+        if self.tools is not None:
+            chat["tools"] = list(self.tools)
+        if self.enable_thinking:
+            chat["enable_thinking"] = True
+        return chat
 
 
 def build(model: str, request_id: str, prompt: Prompt, parameters: Parameters, previews: bool) -> InferRequest:

@@ -21,7 +21,7 @@ Values = tuple[Scalar, ...]  # the elements of one tensor
 INPUTS: dict[str, str] = {  # name -> KServe data type; all of shape [n], n = 1 but for the lists below
     "text_input": "BYTES",
     "input_ids": "INT32",
-    "messages": "BYTES",  # JSON: [{"role": ..., "content": ...}, ...]
+    "messages": "BYTES",  # JSON: {"messages": [...], "tools": [...], "enable_thinking": ...}
     "max_tokens": "INT32",
     "min_tokens": "INT32",
     "end_id": "INT32",
@@ -59,7 +59,10 @@ OUTPUTS: dict[str, str] = {  # what this client reads; other outputs are decoded
     "num_input_tokens": "INT32",
     "num_output_tokens": "INT32",
     "denoising_steps": "INT32",
+    "statistics": "BYTES",  # JSON object
     "preview_output": "BYTES",
+    "canvas_index": "INT32",
+    "canvas_steps": "INT32",
 }
 
 NUMPY_TYPES = {

@@ -18,7 +18,7 @@ from dgemma_client.transport import Outputs
 
 def handler(request: InferRequest) -> Iterator[Item]:
     yield from (delta("a", [1, 2]), delta("b", [3]))
-    yield final("length", input_tokens=4, output_tokens=3, steps=6)
+    yield final("length", input_tokens=4, output_tokens=3, steps=6, canvases=2)
 
 
 def measure(load: Load, transport: MockTransport, **parameters: Any) -> Report:
@@ -41,7 +41,10 @@ def test_figures_add_up() -> None:
     measured = transport.requests[2:]
     assert sorted(request.inputs["seed"] for request in measured) == [(seed,) for seed in range(7, 12)]
     assert {request.inputs["max_tokens"] for request in measured} == {(9,)}
-    assert {json.loads(str(request.inputs["messages"][0]))[0]["content"] for request in measured} == {"p", "q"}
+    assert {json.loads(str(request.inputs["messages"][0]))["messages"][0]["content"] for request in measured} == {
+        "p",
+        "q",
+    }
 
 
 def test_raw_prompts_and_fixed_steps() -> None:

@@ -27,10 +27,10 @@ DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
 def answer(request: InferRequest) -> Iterator[Item]:
     if request.inputs["stream_previews"] == (True,):
-        for text in ("1?\n??", "12\n?4", "12\n34"):
-            yield from (preview(text), 0.05)
+        for step, text in enumerate(("1?\n??", "12\n?4", "12\n34"), start=1):
+            yield from (preview(text, 0, step), 0.05)
     yield from (delta("12\n34", [1, 2, 3]), delta(" wörld\x07", [4]))
-    yield final("length", input_tokens=5, output_tokens=4, steps=8)
+    yield final("length", input_tokens=5, output_tokens=4, steps=8, canvases=2)
 
 
 def hang(request: InferRequest) -> Iterator[Item]:
@@ -64,7 +64,7 @@ async def test_piped_text_is_plain_and_alone_on_stdout() -> None:
     assert (code, out) == (0, "12\n34 wörld\x07\n")
     assert "4 tokens in 2 canvases, 8 steps (0.5 tokens per step)" in err
     inputs = request.inputs
-    assert json.loads(str(inputs["messages"][0])) == [
+    assert json.loads(str(inputs["messages"][0]))["messages"] == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "hello"},
     ]
@@ -202,7 +202,7 @@ async def test_a_terminal_shows_the_canvas_and_keeps_only_the_text() -> None:
 async def test_chat_keeps_the_history() -> None:
     async with FakeTriton(answer) as server:
         code, out, err = await run(server.url, "chat", "--system", "s", stdin=b"one\\\ntwo\n\nthree\n/reset\nfour\n")
-        chats = [json.loads(str(request.inputs["messages"][0])) for request in server.requests]
+        chats = [json.loads(str(request.inputs["messages"][0]))["messages"] for request in server.requests]
     assert code == 0
     assert out == "12\n34 wörld\x07\n" * 3
     assert err.count("tokens/s") == 3
@@ -232,7 +232,9 @@ async def test_bench_prints_a_table_and_one_json_line(tmp_path: Path) -> None:
             server.url,
             *("bench", "--requests", "4", "--concurrency", "2", "--fixed-steps", "8", "--prompts", str(prompts)),
         )
-        contents = [json.loads(str(request.inputs["messages"][0]))[0]["content"] for request in server.requests]
+        contents = [
+            json.loads(str(request.inputs["messages"][0]))["messages"][0]["content"] for request in server.requests
+        ]
     assert code == 0
     assert set(contents) == {"one\ntwo", "three"}
     (line,) = out.splitlines()

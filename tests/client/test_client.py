@@ -39,8 +39,9 @@ async def test_three_lines_to_the_first_result() -> None:
 
 async def test_events_in_order_with_their_positions() -> None:
     def handler(request: InferRequest) -> Iterator[Item]:
-        yield from (preview("x"), preview("He"), delta("Hello ", [5, 6]), preview("w"), delta("world", [7]))
-        yield final("length", input_tokens=4, output_tokens=3, steps=5)
+        yield from (preview("x", 0, 1), preview("He", 0, 2), delta("Hello ", [5, 6]))
+        yield from (preview("w", 1, 1), delta("world", [7]))
+        yield final("length", input_tokens=4, output_tokens=3, steps=5, canvases=2)
 
     async with Client(transport=MockTransport(handler)) as client:
         events = [event async for event in client.stream("hi", previews=True)]
@@ -65,7 +66,7 @@ async def test_text_and_end_may_come_together_and_text_may_be_empty() -> None:
         yield {**delta("all", [1]), **final()}
 
     def empty(request: InferRequest) -> Iterator[Item]:
-        yield {**delta(""), **final()}
+        yield {**delta(""), **final(canvases=0)}
 
     async with Client(transport=MockTransport(together)) as client:
         assert (await client.generate("hi")).text == "all"
@@ -98,7 +99,15 @@ async def test_an_error_carries_what_had_arrived() -> None:
         ([], ServerError, "ended without a finish reason"),
         ([final("cancelled")], Cancelled, "before the answer was complete"),
         ([final("bored")], ServerError, "finish_reason is 'bored'"),
-        ([{"finish_reason": ("stop",)}], ServerError, "no num_input_tokens"),
+        ([{"preview_output": ("a",)}], ServerError, "a response with preview_output has no canvas_index"),
+        (
+            [{key: value for key, value in final().items() if key != "denoising_steps"}],
+            ServerError,
+            "no denoising_steps",
+        ),
+        ([{**final(), "statistics": ("{",)}], ServerError, "statistics is not JSON"),
+        ([{**final(), "statistics": ("[]",)}], ServerError, "statistics is list"),
+        ([{**final(), "statistics": ("{}",)}], ServerError, "statistics has canvases None"),
         ([final(), delta("late")], ServerError, "after the last one"),
     ],
 )

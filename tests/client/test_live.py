@@ -13,7 +13,7 @@ from rich.console import Console
 from dgemma_client import Delta, Done, Event, Preview, Statistics
 from dgemma_client.live import SETTLED_AFTER, CanvasHistory, LiveCanvas, Span, canvas_text, printable
 
-DONE = Done("stop", Statistics(1, 2, 3, 1, 1.0, 2.0))
+DONE = Done("stop", Statistics(1, 2, 3, 1, 1.0, 2.0, 0.0, 0.1, 0.5))
 
 
 def test_everything_is_new_at_first_and_ages_where_it_stays() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import Any, cast
 
@@ -27,10 +28,11 @@ def inputs(parameters: dict[str, Any], **prompt: Any) -> dict[str, Any]:
 def test_the_client_and_the_server_have_the_same_table() -> None:
     from dgemma_runtime import tensors as server
 
-    for name, datatype in INPUTS.items():
-        assert server.INPUTS[name].kserve_type == datatype, name
-    for name, datatype in OUTPUTS.items():
-        assert server.OUTPUTS[name].kserve_type == datatype, name
+    inputs = {spec.name: spec for spec in server.INPUTS}
+    outputs = {spec.name: spec for spec in server.OUTPUTS}
+    assert {name: inputs[name].datatype for name in INPUTS} == INPUTS
+    assert {name: outputs[name].datatype for name in OUTPUTS} == OUTPUTS
+    assert {name for name in INPUTS if inputs[name].many} == LISTS
 
 
 def test_every_parameter_is_a_tensor() -> None:
@@ -60,8 +62,16 @@ def test_one_stop_word_and_json_parameters() -> None:
 
 def test_a_chat_is_json_with_its_characters() -> None:
     sent = inputs({}, messages=[{"role": "user", "content": "é\n"}])
-    assert sent["messages"] == ('[{"role": "user", "content": "é\\n"}]',)
+    assert sent["messages"] == ('{"messages": [{"role": "user", "content": "é\\n"}]}',)
     assert "text_input" not in sent
+
+
+def test_what_else_the_chat_template_takes() -> None:
+    chat = {"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f"}], "enable_thinking": True}
+    assert json.loads(inputs({}, **chat)["messages"][0]) == chat
+    for name in ("tools", "enable_thinking"):
+        with pytest.raises(InvalidRequest, match=f"{name}: only the chat template knows it"):
+            inputs({}, text="x", **{name: chat[name]})
 
 
 @pytest.mark.parametrize(

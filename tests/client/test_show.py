@@ -27,12 +27,12 @@ def knowing(change: Callable[[str, str], str] = lambda prompt, answer: answer) -
     """A server that answers each of the demo's prompts, after `change(prompt, answer)`."""
 
     def handler(request: InferRequest) -> Iterator[Item]:
-        (message,) = json.loads(str(request.inputs["messages"][0]))
+        (message,) = json.loads(str(request.inputs["messages"][0]))["messages"]
         answer = change(message["content"], ANSWERS[message["content"]])
         half = len(answer) // 2
-        yield from (preview("?" * len(answer)), preview(answer[:half] + "?" * (len(answer) - half)))
-        yield from (delta(answer[:half], [1, 2]), preview(answer[half:-1] + "?"), delta(answer[half:], [3]))
-        yield final(input_tokens=9, output_tokens=len(answer), steps=4)
+        yield from (preview("?" * len(answer)), preview(answer[:half] + "?" * (len(answer) - half), 0, 2))
+        yield from (delta(answer[:half], [1, 2]), preview(answer[half:-1] + "?", 1, 1), delta(answer[half:], [3]))
+        yield final(input_tokens=9, output_tokens=len(answer), steps=4, canvases=2)
 
     return handler
 
