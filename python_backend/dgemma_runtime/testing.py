@@ -22,7 +22,7 @@ _MERGES = (("t", "h"), ("th", "e"), ("s", "t"), ("o", "p"), ("st", "op"), ("e", 
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Of Gemma's kind: special tokens, the 256 bytes, printable ASCII and a few longer pieces; 363 tokens."""
+    """Of Gemma's kind: special tokens, the 256 bytes, printable ASCII and a few longer pieces; 364 tokens."""
     characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
     pieces = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *characters, *(a + b for a, b in _MERGES)]
     vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
