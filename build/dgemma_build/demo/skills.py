@@ -217,8 +217,10 @@ def check_table(prompt: str, answer: str) -> bool:
     lines = answer.strip().split("\n")
     if len(lines) < 2 or set(lines[1]) - set("|- ") or lines[1].count("|") != len(expected[0]) + 1:
         return False
-    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in [lines[0], *lines[2:]]]
-    return cells == expected
+    rows = [lines[0], *lines[2:]]
+    if not all(row.startswith("|") and row.endswith("|") for row in rows):
+        return False
+    return [[cell.strip() for cell in row[1:-1].split("|")] for row in rows] == expected
 
 
 # ---------------------------------------------------------------- code

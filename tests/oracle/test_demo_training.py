@@ -1,0 +1,74 @@
+"""The demo's training module and the oracle are one function, through the checkpoint that export writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, DynamicCache
+
+from dgemma_build.demo.export import write_checkpoint
+from dgemma_build.demo.model import DemoConfig, Denoiser
+from dgemma_build.demo.tokenizer import TURN_END, TURN_START, build_tokenizer, render_turn
+from dgemma_build.demo.train import Plan, _rate, phase_of
+from dgemma_build.oracle import load_oracle
+
+VOCAB = 1024
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Denoiser, Path]:
+    """An untrained denoiser, every norm and scalar away from one, rounded as the checkpoint rounds it."""
+    torch.manual_seed(0)
+    model = Denoiser(DemoConfig(vocab_size=build_tokenizer(VOCAB).get_vocab_size(), sliding_window=21))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+            parameter.copy_(parameter.bfloat16().float())
+    directory = tmp_path_factory.mktemp("demo") / "checkpoint"
+    write_checkpoint(model.state_dict(), model.config, directory, VOCAB, seed=0)
+    return model, directory
+
+
+@pytest.mark.parametrize("context_length", [5, 20, 21, 60])
+@torch.no_grad()
+def test_training_module_equals_the_oracle(written: tuple[Denoiser, Path], context_length: int) -> None:
+    model, directory = written
+    oracle = load_oracle(directory)
+    config, rng = model.config, torch.Generator().manual_seed(context_length)
+    context = torch.randint(config.vocab_size, (1, context_length), generator=rng)
+    canvas = torch.randint(config.vocab_size, (1, config.canvas_length), generator=rng)
+    cache = DynamicCache(config=oracle.config.get_text_config(decoder=True))
+    oracle.model.encoder(input_ids=context, past_key_values=cache)
+    padded = torch.nn.functional.pad(context, (0, 7))  # the training batches are padded on the right
+    lengths = torch.tensor([context_length])
+    soft, previous = torch.zeros(1, config.canvas_length, config.hidden_size), None
+    for _ in range(2):
+        logits, _balance = model(padded, lengths, canvas, soft)
+        expected = oracle(past_key_values=cache, decoder_input_ids=canvas, self_conditioning_logits=previous).logits
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+        soft, previous = model.soft_embedding(logits), expected
+
+
+def test_tokenizer_loads_in_transformers_and_agrees(written: tuple[Denoiser, Path]) -> None:
+    _, directory = written
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    text = "Convert to JSON:\nname: Ada\nage: 36"
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    assert rendered == render_turn(text)
+    ids = tokenizer(rendered, add_special_tokens=False).input_ids
+    assert ids == build_tokenizer(VOCAB).encode(rendered, add_special_tokens=False).ids
+    assert tokenizer.convert_tokens_to_ids([TURN_START, TURN_END]) == [4, 5]
+    assert tokenizer.decode(ids) == rendered
+
+
+def test_the_learning_rate_warms_up_holds_and_ends_at_zero() -> None:
+    plan = Plan(steps=1000)
+    rates = [_rate(step, plan) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / plan.warmup)
+    assert set(rates[plan.warmup : 600]) == {1.0}
+    assert rates[-1] == pytest.approx(1 / 400)
+    assert phase_of(0).ordered_share == 0.0
+    assert phase_of(10**6).ordered_share > 0
