@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dgemma_runtime.codec import Codec
-from dgemma_runtime.contract import Engine, EngineLimits, Int32Array
+from dgemma_runtime.contract import Engine, Int32Array
 from dgemma_runtime.engines.scripted import ScriptedEngine, answer_script, scripted_manifest
 from dgemma_runtime.events import Commit, Event, Finished, Preview
 from dgemma_runtime.parameters import default_parameters
@@ -89,13 +89,8 @@ def scripted_engine(
     vocab_size = tiny_tokenizer().get_vocab_size()
     manifest = scripted_manifest(vocab_size, canvas_length, sliding_window=13, max_model_len=max_model_len)
     script = answer_script(pairs, canvas_length, steps)
-    return ScriptedEngine(manifest, small_limits(manifest.max_model_len, settings), script, fail_on, delay_s)
-
-
-def small_limits(max_model_len: int, settings: RuntimeSettings | None = None) -> EngineLimits:
-    """Limits for the tiny vocabulary's engines: small pages, so that tests cross many of them."""
-    manifest = scripted_manifest(1, 8, sliding_window=13, max_model_len=max_model_len)
-    return plan_limits(manifest, settings or small_settings())
+    limits = plan_limits(manifest, settings or small_settings())
+    return ScriptedEngine(manifest, limits, script, fail_on, delay_s)
 
 
 def small_settings(**changes: int) -> RuntimeSettings:

@@ -19,12 +19,11 @@ from dgemma_runtime.events import Commit, Event, Finished, Preview
 from dgemma_runtime.parameters import parse_parameters
 from dgemma_runtime.requests import GenerationRequest
 from dgemma_runtime.service import Service
-from dgemma_runtime.settings import RuntimeSettings
+from dgemma_runtime.settings import RuntimeSettings, plan_limits
 from dgemma_runtime.testing import (
     EOS,
     Recorder,
     scripted_engine,
-    small_limits,
     small_settings,
     start_service,
     tiny_codec,
@@ -190,7 +189,8 @@ def test_every_canvas_s_slot_is_released(start: Start) -> None:
 
 
 def chaotic(delay_s: float = 0.0) -> ChaoticEngine:
-    return ChaoticEngine(scripted_manifest(364, 8, 13, 512), small_limits(512), delay_s)
+    manifest = scripted_manifest(364, 8, 13, 512)
+    return ChaoticEngine(manifest, plan_limits(manifest, small_settings()), delay_s)
 
 
 def generate(service: Service, prompt: str, seed: int | None = 1, max_tokens: int = 60) -> Recorder:
@@ -586,3 +586,12 @@ def test_finished_is_always_last_and_single(start: Start) -> None:
     service.stop(20.0)
     assert all(kinds(recorder).count("Finished") == 1 for recorder in recorders)
     assert all(isinstance(recorder.events[-1], Finished) for recorder in recorders)
+
+
+def test_a_very_long_generation(start: Start) -> None:
+    text = "0123456789abcdef" * 1200
+    service = start(scripted_engine({"go": text}, canvas_length=64, max_model_len=20_000))
+    recorder = submit(service, "go")
+    assert recorder.finished(60).text == text
+    assert len(recorder.commits) == 301
+    assert len(recorder.finished().token_ids) == 19_201
