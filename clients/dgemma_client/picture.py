@@ -44,18 +44,24 @@ def chosen(all_frames: Sequence[Frame], count: int) -> list[Frame]:
 
 def draw(prompt: str, shown: Sequence[Frame], caption: str, frame_width: int = 19) -> str:
     """The prompt and the frames side by side as an SVG document that needs nothing from elsewhere."""
-    rows = [prompt.count("\n") + 1, *(_rows(frame, frame_width - 4) for frame in shown)]
-    height = max(rows) + 2
+    lines = prompt.split("\n")
+    height = max(len(lines), *(_rows(frame, frame_width - 4) for frame in shown)) + 2
+    prompt_width = max(map(len, lines)) + 4
     panels: list[RenderableType] = [
         Panel(
-            printable(prompt), title="prompt", title_align="left", border_style="dim", height=height, width=frame_width
+            Text(printable(prompt)),
+            title="prompt",
+            title_align="left",
+            border_style="dim",
+            height=height,
+            width=prompt_width,
         )
     ]
     for frame in shown:
         panel = canvas_panel(list(frame.spans), f"step {frame.step}", height)
         panel.width = frame_width
         panels.append(panel)
-    width = len(panels) * (frame_width + 1)
+    width = prompt_width + 1 + len(shown) * (frame_width + 1)
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Columns(panels, padding=(0, 1, 0, 0)))
     legend = canvas_text([Span("changed in this step ", 0), Span(" changed one step ago ", 1)])
