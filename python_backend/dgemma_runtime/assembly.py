@@ -1,0 +1,112 @@
+"""Puts codec, chat template, engine and service together; makes arrays at the edge into requests. Knows no Triton."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from dgemma_runtime.chat import TEMPLATE_FILE, ChatTemplate
+from dgemma_runtime.codec import TOKENIZER_CONFIG_FILE, Codec, read_json_object
+from dgemma_runtime.contract import Int32Array
+from dgemma_runtime.engines.factory import open_engine
+from dgemma_runtime.errors import EngineError, InvalidRequest
+from dgemma_runtime.events import Event, Finished
+from dgemma_runtime.parameters import default_parameters
+from dgemma_runtime.process_settings import ProcessSettings
+from dgemma_runtime.requests import GenerationRequest
+from dgemma_runtime.service import Service
+from dgemma_runtime.tensors import Arrays, Chat, OutputOptions, parse_request
+
+_WARM_UP_S = 300.0
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """What to submit, and what its responses need."""
+
+    request: GenerationRequest
+    options: OutputOptions
+    echoed_text: str  # the prompt, where the client wants it in front of the output; else empty
+    echoed_ids: Int32Array  # [n]
+
+
+@dataclass(frozen=True)
+class Application:
+    """One engine and what turns requests into work for it."""
+
+    service: Service
+    template: ChatTemplate | None  # None: the engine directory has none
+    canvas_length: int  # tokens
+
+    @staticmethod
+    def open(settings: ProcessSettings) -> Application:
+        """Load everything, start the engine thread, warm up; raises DGemmaError with a message fit for an operator."""
+        codec = Codec.load(settings.engine)
+        template = _load_template(settings.engine)
+        engine = open_engine(settings.engine, settings.runtime)
+        try:
+            defaults = default_parameters(engine.manifest.generation_defaults)
+            service = Service(engine, codec, settings.runtime, defaults)
+        except BaseException:
+            engine.close()
+            raise
+        application = Application(service, template, engine.manifest.model.canvas_length)
+        service.start()
+        if settings.warm_up:
+            try:
+                application.warm_up()
+            except BaseException:
+                service.stop()
+                raise
+        return application
+
+    def prepare(self, tensors: Arrays, request_parameters: str, request_id: str) -> PreparedRequest:
+        """From what Triton hands over; raises InvalidRequest."""
+        parsed = parse_request(tensors, request_parameters, self.service.defaults)
+        prompt = self._render(parsed.prompt) if isinstance(parsed.prompt, Chat) else parsed.prompt
+        echoed_text, echoed_ids = "", np.empty(0, np.int32)
+        if not parsed.options.exclude_input_in_output:
+            assert isinstance(prompt, str)
+            echoed_text, echoed_ids = prompt, self.service.codec.encode(prompt)
+        request = GenerationRequest(prompt, parsed.parameters, request_id)
+        return PreparedRequest(request, parsed.options, echoed_text, echoed_ids)
+
+    def warm_up(self) -> None:
+        """Two short canvases, so that prefill, denoising and commit have all run; raises EngineError."""
+        prompt = np.zeros(1, np.int32)
+        room = self.service.max_model_len - len(prompt)
+        parameters = replace(
+            self.service.defaults,
+            max_tokens=min(self.canvas_length + 1, room),
+            max_denoising_steps=2,
+            end_ids=(),
+        )
+        ended = threading.Event()
+        errors: list[str | None] = []
+
+        def sink(event: Event) -> None:
+            if isinstance(event, Finished):
+                errors.append(event.error if event.reason == "error" else None)
+                ended.set()
+
+        self.service.submit(GenerationRequest(prompt, parameters, "warm-up"), sink)
+        if not ended.wait(_WARM_UP_S):
+            raise EngineError(f"the warm-up generation did not end within {_WARM_UP_S:g} s")
+        if errors[0] is not None:
+            raise EngineError(f"the warm-up generation failed: {errors[0]}")
+
+    def _render(self, chat: Chat) -> str:
+        if self.template is None:
+            message = "this engine has no chat template; send the formatted prompt as text_input"
+            raise InvalidRequest("messages", message)
+        return self.template.render(chat.messages, chat.tools, enable_thinking=chat.enable_thinking)
+
+
+def _load_template(directory: Path) -> ChatTemplate | None:
+    present = (directory / TEMPLATE_FILE).is_file()
+    if not present and "chat_template" not in read_json_object(directory / TOKENIZER_CONFIG_FILE):
+        return None
+    return ChatTemplate.load(directory)

@@ -1,0 +1,38 @@
+"""Opens the engine that an engine directory's manifest asks for. Knows each engine by the name of its backend only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from dgemma_runtime.contract import Engine, EngineLimits, Manifest
+from dgemma_runtime.errors import ManifestError
+from dgemma_runtime.settings import RuntimeSettings, plan_limits
+
+Opener = Callable[[Path, EngineLimits, RuntimeSettings], Engine]
+
+
+def open_engine(directory: Path, settings: RuntimeSettings) -> Engine:
+    """Raises ManifestError for a directory that cannot be used, ConfigurationError for settings that do not fit it."""
+    manifest = Manifest.load(directory, verify_hashes=False)  # the engine verifies them when it loads its files
+    if manifest.backend not in _OPENERS:
+        raise ManifestError(
+            f"{directory}: the manifest asks for the backend {manifest.backend!r}, this runtime has "
+            f"{', '.join(_OPENERS)}; build the engine again with `dgemma-build engine`"
+        )
+    return _OPENERS[manifest.backend](directory, plan_limits(manifest, settings), settings)
+
+
+def _open_onnxruntime(directory: Path, limits: EngineLimits, settings: RuntimeSettings) -> Engine:
+    from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine  # heavy, and not installed for other backends
+
+    return OnnxRuntimeEngine(directory, limits, settings.threads)
+
+
+def _open_scripted(directory: Path, limits: EngineLimits, settings: RuntimeSettings) -> Engine:
+    from dgemma_runtime.engines.scripted_directory import open_scripted
+
+    return open_scripted(directory, limits)
+
+
+_OPENERS: Mapping[str, Opener] = {"onnxruntime": _open_onnxruntime, "scripted": _open_scripted}

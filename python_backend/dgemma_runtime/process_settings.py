@@ -1,0 +1,74 @@
+"""What one serving process is started with: a JSON object in one environment variable. Knows no Triton and no engine.
+
+    DGEMMA_SETTINGS='{"engine": "/engines/demo", "max_model_len": 8192, "max_batch_size": 4}'
+
+`dgemma-server` writes it for the server that it starts; in a container it is set beside the model repository.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dgemma_runtime.errors import ConfigurationError
+from dgemma_runtime.settings import RuntimeSettings
+
+SETTINGS_VARIABLE = "DGEMMA_SETTINGS"
+_RUNTIME_NAMES = tuple(item.name for item in fields(RuntimeSettings))
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """The engine directory, what to do at the start, and the runtime's settings."""
+
+    engine: Path
+    warm_up: bool = True  # run a short generation before the model is ready
+    log_level: str = "INFO"  # of the runtime's own log on stderr
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+
+    def to_json(self) -> str:
+        """For `SETTINGS_VARIABLE`; `from_environment` reads it."""
+        values = asdict(self)
+        runtime = values.pop("runtime")
+        return json.dumps({**values, "engine": str(self.engine), **runtime})
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any]) -> ProcessSettings:
+        """From names and values; raises ConfigurationError naming an unknown, missing or wrong one."""
+        known = ("engine", "warm_up", "log_level", *_RUNTIME_NAMES)
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+                raise ConfigurationError(f"unknown setting {name!r}; {hint}")
+        engine, warm_up = values.get("engine"), values.get("warm_up", True)
+        level = values.get("log_level", "INFO")
+        if not isinstance(engine, str | Path) or not str(engine):
+            raise ConfigurationError(f"engine must be the path of an engine directory, got {engine!r}")
+        if not isinstance(warm_up, bool):
+            raise ConfigurationError(f"warm_up must be true or false, got {warm_up!r}")
+        if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigurationError(f"log_level must be DEBUG, INFO, WARNING or ERROR, got {level!r}")
+        runtime = RuntimeSettings(**{name: values[name] for name in _RUNTIME_NAMES if name in values})
+        return ProcessSettings(Path(engine), warm_up, level, runtime)
+
+    @staticmethod
+    def from_environment(environment: Mapping[str, str]) -> ProcessSettings:
+        """From `SETTINGS_VARIABLE`; raises ConfigurationError."""
+        text = environment.get(SETTINGS_VARIABLE)
+        example = f"""set it like {SETTINGS_VARIABLE}='{{"engine": "/path/of/an/engine"}}'"""
+        if not text:
+            raise ConfigurationError(f"{SETTINGS_VARIABLE} is not set; {example}")
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigurationError(f"{SETTINGS_VARIABLE} is not valid JSON ({error}); {example}") from None
+        if not isinstance(values, dict):
+            raise ConfigurationError(
+                f"{SETTINGS_VARIABLE} must be a JSON object, got {type(values).__name__}; {example}"
+            )
+        return ProcessSettings.from_mapping(values)

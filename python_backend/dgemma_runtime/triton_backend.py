@@ -1,0 +1,221 @@
+"""The adapter between Triton's Python backend and the runtime's service. Knows tensors by `tensors.py`, no engine.
+
+Three threads beside the engine's: Triton's own calls `execute`, which only enqueues; the *writer* sends responses, so
+that the engine thread never waits for Triton; the *watcher* asks Triton which requests were cancelled and, when the
+engine has failed, withdraws the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from dgemma_runtime.assembly import Application, PreparedRequest
+from dgemma_runtime.errors import DGemmaError, InvalidRequest, Overloaded
+from dgemma_runtime.events import Commit, Event, Finished, Preview
+from dgemma_runtime.process_settings import ProcessSettings
+from dgemma_runtime.tensors import Arrays, commit_outputs, finished_outputs, preview_outputs
+from dgemma_runtime.triton_features import check_triton
+
+_log = logging.getLogger(__name__)
+_WATCH_S = 0.02  # asking costs about 60 us per request, too much for every step of the engine thread
+_GRACE_S = 5.0  # for requests at `finalize`; Triton has waited for them before, up to its own exit timeout
+
+
+class TritonBackend:
+    """What Triton's stub calls: `initialize`, `execute`, `is_ready` (from 26.02 on), `finalize`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine; Triton shows the message of what is raised as the reason why the model did not load."""
+        try:
+            check_triton(pb_utils, np.__version__)
+            settings = ProcessSettings.from_environment(os.environ)
+            _set_up_log(settings.log_level)
+            self._application = Application.open(settings)
+        except DGemmaError as error:
+            raise pb_utils.TritonModelException(f"{type(error).__name__}: {error}") from None
+        self._model_name = args["model_name"]
+        self._live: dict[int, _Reply] = {}  # by id(); taken out by the writer when the last response is sent
+        self._outbox: queue.SimpleQueue[tuple[_Reply, Event | Exception] | None] = queue.SimpleQueue()
+        self._wake, self._stopping = threading.Event(), False
+        self._threads = [
+            threading.Thread(target=self._write, name="writer", daemon=True),
+            threading.Thread(target=self._watch, name="watcher", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Enqueue; every response goes through the request's sender, later."""
+        for request in requests:
+            reply = _Reply(request)
+            self._live[id(reply)] = reply
+            try:
+                self._submit(request, reply)
+            except Exception as error:  # noqa: BLE001 - an exception here would hang the client
+                self._outbox.put((reply, error))
+
+    def is_ready(self) -> bool:
+        """Asked by Triton for the model's readiness, where it knows this function."""
+        return self._application.service.healthy
+
+    def finalize(self) -> None:
+        """Let what is running end for a moment, then end it; every client has its last response when this returns."""
+        self._application.service.stop(_GRACE_S)
+        self._stopping = True
+        self._wake.set()
+        self._outbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _submit(self, request: Any, reply: _Reply) -> None:
+        tensors: Arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        prepared = self._application.prepare(tensors, request.parameters(), reply.request_id)
+        reply.prepared = prepared
+        parameters = prepared.request.parameters
+
+        def sink(event: Event) -> None:
+            if parameters.stream or isinstance(event, Finished):
+                self._outbox.put((reply, event))
+
+        reply.request_id = self._application.service.submit(prepared.request, sink, lambda: reply.cancelled)
+        self._wake.set()
+
+    def _write(self) -> None:
+        while (item := self._outbox.get()) is not None:
+            reply, content = item
+            final = isinstance(content, Finished | Exception)
+            try:
+                reply.send(content)
+            except Exception:  # noqa: BLE001 - one request's fault must not end the others
+                _log.exception("request %s: a response could not be sent", reply.request_id)
+                reply.cancelled = True
+            if final:
+                reply.close()
+                del self._live[id(reply)]
+                self._wake.set()
+            del item, reply  # Triton unloads a model only when nothing refers to its requests any more
+
+    def _watch(self) -> None:
+        service = self._application.service
+        while not self._stopping:
+            self._wake.wait(_WATCH_S if self._live else None)
+            self._wake.clear()
+            for reply in list(self._live.values()):
+                reply.poll()
+                del reply
+            if service.failure is not None and not self._live:
+                self._withdraw(service.failure)
+                return
+
+    def _withdraw(self, failure: str) -> None:
+        """Make the model not ready, as far as this Triton can; new requests get the error in any case."""
+        try:
+            pb_utils.unload_model(self._model_name)  # asynchronous: it calls `finalize` later
+        except Exception as error:  # noqa: BLE001 - Triton raises its own type
+            _log.critical(
+                "%s; Triton did not unload the model (%s): where it has no is_ready either, its readiness stays 200. "
+                "Start Triton with --model-control-mode=explicit --load-model=%s, and restart it now",
+                *(failure, error, self._model_name),
+            )
+        else:
+            _log.critical("%s; the model was unloaded, restart the server", failure)
+
+
+class _Reply:
+    """The responses of one request. Sent by the writer, asked about by the watcher, never both at once."""
+
+    def __init__(self, request: Any) -> None:
+        self.request_id: str = request.request_id()
+        self.prepared: PreparedRequest | None = None  # None until it was understood
+        self.cancelled = False
+        self._sender = request.get_response_sender()
+        self._wanted = set(request.requested_output_names())
+        self._echo = True  # the prompt is still to come, if it was asked for
+        self._lock = threading.Lock()
+
+    def poll(self) -> None:
+        """Ask Triton whether the client has gone; a sender must not be asked after its last response."""
+        with self._lock:
+            if self._sender is not None and not self.cancelled:
+                self.cancelled = self._sender.is_cancelled()
+
+    def close(self) -> None:
+        with self._lock:
+            self._sender = None
+
+    def send(self, content: Event | Exception) -> None:
+        """One response; Finished and exceptions make it the last one."""
+        if isinstance(content, Exception):
+            self._send_error(content)
+        elif isinstance(content, Preview):
+            self._send(preview_outputs(content))
+        elif isinstance(content, Commit):
+            self._send(commit_outputs(content, *self._echoed()))
+        elif content.reason == "error":
+            self._send_last(pb_utils.InferenceResponse(error=_error(content.error or "", "INTERNAL")))
+        else:
+            self._send_finished(content)
+
+    def _send_finished(self, content: Finished) -> None:
+        assert self.prepared is not None
+        text, ids = "", np.empty(0, np.int32)
+        if not self.prepared.request.parameters.stream:
+            text, ids = self._echoed()
+            text, ids = text + content.text, np.concatenate([ids, content.token_ids])
+        self._send_last(self._response(finished_outputs(content, self.prepared.options, text, ids)))
+
+    def _echoed(self) -> tuple[str, Any]:
+        """The prompt, the first time only."""
+        assert self.prepared is not None
+        if not self._echo:
+            return "", np.empty(0, np.int32)
+        self._echo = False
+        return self.prepared.echoed_text, self.prepared.echoed_ids
+
+    def _send_error(self, error: Exception) -> None:
+        if isinstance(error, InvalidRequest):
+            response = _error(str(error), "INVALID_ARG")
+        elif isinstance(error, Overloaded):
+            response = _error(str(error), "UNAVAILABLE")
+        elif isinstance(error, DGemmaError):
+            response = _error(str(error), "INTERNAL")
+        else:
+            _log.error("request %r failed", self.request_id, exc_info=error)
+            response = _error(f"internal error; the server's log has it under the request id {self.request_id!r}")
+        self._send_last(pb_utils.InferenceResponse(error=response))
+
+    def _response(self, outputs: Arrays) -> Any:
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, array) for name, array in outputs.items() if name in self._wanted]
+        )
+
+    def _send(self, outputs: Arrays) -> None:
+        if not self._wanted.isdisjoint(outputs):
+            self._sender.send(self._response(outputs))
+
+    def _send_last(self, response: Any) -> None:
+        with self._lock:
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._sender = None
+
+
+def _error(message: str, code: str = "INTERNAL") -> Any:
+    return pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
+
+
+def _set_up_log(level: str) -> None:
+    """The runtime's log goes to stderr, beside Triton's own."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("dgemma_runtime")
+    logger.handlers = [handler]
+    logger.setLevel(level)
