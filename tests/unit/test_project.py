@@ -211,6 +211,16 @@ def test_the_documents_name_only_targets_that_exist() -> None:
         assert named <= known, f"{document} names {named - known}"
 
 
+def test_the_readme_names_only_server_settings_that_exist() -> None:
+    rows = re.findall(r"^\| (`--.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    named = {flag for row in rows for flag in re.findall(r"`(--[a-z-]+)`", row)}
+    command = [Path(sys.executable).with_name("dgemma-server"), "run", "--help"]
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    assert len(named) > 5
+    assert named <= set(re.findall(r"--[a-z-]+", shown))
+
+
 def test_the_readme_lists_every_request_parameter() -> None:
     table = re.findall(r"^\| (`.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     named = {name for cell in table for name in re.findall(r"`(\w+)`", cell)}
