@@ -1,0 +1,121 @@
+"""The four contenders behind one interface: transformers eager and compiled, our engine in process, our server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from dgemma_build.bench.scenario import Run, Workload
+from dgemma_build.bench.worker import Worker, peak_memory_bytes
+from dgemma_client import Client, Result
+from dgemma_runtime.server import running_server
+
+MAX_BATCH_SIZE = 4
+MAX_MODEL_LEN = 8192  # tokens
+
+
+class Contender(Protocol):
+    """Something that generates; a process (or several) of its own."""
+
+    name: str
+    schedules: tuple[str, ...]  # how it can run several requests; the better one is taken
+
+    def run(self, workload: Workload, schedule: str) -> Run:
+        """The workload once."""
+        ...
+
+    def peak_memory_bytes(self) -> int:
+        """Of all its processes since they started."""
+        ...
+
+
+class Transformers:
+    """`generate`, eager or through its own torch.compile path."""
+
+    schedules: tuple[str, ...] = ("one by one", "batch")
+
+    def __init__(self, stack: ExitStack, checkpoint: Path, threads: int, compiled: bool) -> None:
+        self.name = "transformers, compiled" if compiled else "transformers"
+        self._compiled = compiled
+        module = "dgemma_build.bench.torch_worker"
+        self._worker = stack.enter_context(Worker(module, threads, checkpoint=str(checkpoint)))
+
+    def run(self, workload: Workload, schedule: str) -> Run:
+        answer = self._worker.ask(**workload.message(), batch=schedule == "batch", compiled=self._compiled)
+        return Run(answer["seconds"], answer["first_canvas_s"])
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self._worker.pid)
+
+
+class InProcess:
+    """Our service without Triton."""
+
+    name = "engine in process"
+    schedules: tuple[str, ...] = ("continuous",)
+
+    def __init__(self, stack: ExitStack, engine: Path, threads: int) -> None:
+        self._worker = stack.enter_context(
+            Worker(
+                "dgemma_build.bench.engine_worker",
+                threads,
+                engine=str(engine),
+                max_batch_size=MAX_BATCH_SIZE,
+                max_model_len=MAX_MODEL_LEN,
+            )
+        )
+
+    def run(self, workload: Workload, schedule: str) -> Run:
+        answer = self._worker.ask(**workload.message())
+        return Run(answer["seconds"], answer["first_canvas_s"], answer["engine_s"])
+
+    def peak_memory_bytes(self) -> int:
+        return peak_memory_bytes(self._worker.pid)
+
+
+class Server:
+    """Our server over gRPC; the client runs in this process, its time is part of the figures."""
+
+    name = "server over gRPC"
+    schedules: tuple[str, ...] = ("continuous",)
+
+    def __init__(self, stack: ExitStack, engine: Path, threads: int) -> None:
+        self._server = stack.enter_context(
+            running_server(engine, threads=threads, max_batch_size=MAX_BATCH_SIZE, max_model_len=MAX_MODEL_LEN)
+        )
+        self._runner = stack.enter_context(asyncio.Runner())
+        self._client = Client(self._server.grpc_url, timeout_s=600)
+        stack.callback(lambda: self._runner.run(self._client.close()))
+
+    def run(self, workload: Workload, schedule: str) -> Run:
+        return self._runner.run(self._run(workload))
+
+    async def _run(self, workload: Workload) -> Run:
+        parameters: Any = {
+            "max_tokens": workload.canvases * workload.canvas_length,
+            "max_denoising_steps": workload.steps,
+            "stability_threshold": -1,  # fixed steps
+            "end_id": -1,  # no end token
+            "seed": 0,
+        }
+        started = time.perf_counter()
+        results: list[Result] = await asyncio.gather(
+            *(self._client.generate(input_ids=prompt, **parameters) for prompt in workload.prompts)
+        )
+        seconds = time.perf_counter() - started
+        made = sum(len(result.token_ids) for result in results)
+        if made != workload.tokens:
+            raise RuntimeError(f"the server made {made} tokens instead of {workload.tokens}")
+        first = [result.statistics.time_to_first_canvas_ms / 1000 for result in results]
+        # Engine time counts from a request's admission on, whichever rows it served: the longest request saw it all.
+        engine_s = max(result.statistics.engine_ms for result in results) / 1000
+        return Run(seconds, sum(first) / len(first), engine_s)
+
+    def peak_memory_bytes(self) -> int:
+        processes = [self._server.pid, *(child.pid for child in psutil.Process(self._server.pid).children(True))]
+        return sum(peak_memory_bytes(pid) for pid in processes)

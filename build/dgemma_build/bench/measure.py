@@ -1,0 +1,72 @@
+"""Runs the contenders of a scenario in turns, so that a noisy machine is noisy for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from dgemma_build.bench.contenders import Contender, InProcess, Server, Transformers
+from dgemma_build.bench.scenario import Cell, Level, Run, Scenario, Workload
+
+Progress = Callable[[str], None]
+
+
+def measure(scenario: Scenario, threads: int, compiled: bool, progress: Progress) -> list[Cell]:
+    """All cells of a scenario; compiled: also transformers' torch.compile path, which takes a minute to compile."""
+    text = json.loads((scenario.checkpoint / "config.json").read_text())
+    vocab_size, canvas_length = text["text_config"]["vocab_size"], text["canvas_length"]
+    cells: list[Cell] = []
+    with ExitStack() as stack:
+        progress(f"{scenario.name}: starting the contenders")
+        contenders: list[Contender] = [
+            Transformers(stack, scenario.checkpoint, threads, compiled=False),
+            *([Transformers(stack, scenario.checkpoint, threads, compiled=True)] if compiled else []),
+            InProcess(stack, scenario.engine, threads),
+            Server(stack, scenario.engine, threads),
+        ]
+        for level in scenario.levels:
+            workload = scenario.workload(level, vocab_size, canvas_length)
+            cells += _measure_level(scenario.name, level, workload, contenders, progress)
+    return cells
+
+
+def _measure_level(
+    name: str, level: Level, workload: Workload, contenders: Sequence[Contender], progress: Progress
+) -> list[Cell]:
+    schedules = {}
+    for contender in contenders:
+        progress(f"{name}, {level.concurrency} at once: warming up {contender.name}")
+        schedules[contender.name] = _better_schedule(contender, workload)
+    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    for number in range(level.rounds):
+        order = contenders if number % 2 == 0 else list(reversed(contenders))
+        for contender in order:
+            progress(f"{name}, {level.concurrency} at once: round {number + 1}/{level.rounds}, {contender.name}")
+            runs[contender.name].append(contender.run(workload, schedules[contender.name]))
+    return [
+        Cell.of(
+            name,
+            contender.name,
+            schedules[contender.name],
+            workload,
+            runs[contender.name],
+            contender.peak_memory_bytes(),
+        )
+        for contender in contenders
+    ]
+
+
+def _better_schedule(contender: Contender, workload: Workload) -> str:
+    """Warm the contender up and find out how it runs several requests faster, on one short canvas."""
+    short = replace(workload, canvases=1, steps=min(2, workload.steps))
+    schedules = contender.schedules if workload.concurrency > 1 else contender.schedules[:1]
+    seconds = {}
+    for schedule in schedules:
+        contender.run(short, schedule)
+        # What only runs after a first canvas (commits) is warmed up too, and compiled where it is.
+        contender.run(replace(short, canvases=min(2, workload.canvases), steps=1), schedule)
+        if len(schedules) > 1:
+            seconds[schedule] = contender.run(short, schedule).seconds
+    return min(seconds, key=lambda schedule: seconds[schedule]) if seconds else schedules[0]
