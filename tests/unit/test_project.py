@@ -214,7 +214,7 @@ def test_the_documents_name_only_targets_that_exist() -> None:
 def test_the_readme_names_only_server_settings_that_exist() -> None:
     rows = re.findall(r"^\| (`--.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     named = {flag for row in rows for flag in re.findall(r"`(--[a-z-]+)`", row)}
-    command = [Path(sys.executable).with_name("dgemma-server"), "run", "--help"]
+    command = [str(Path(sys.executable).with_name("dgemma-server")), "run", "--help"]
     environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
     shown = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     assert len(named) > 5
