@@ -21,6 +21,7 @@ from rich.text import Text
 
 from dgemma_client.events import Delta, Done, Event, Preview
 
+_FRAME_S = 1 / 40  # steps that come faster than this are shown by the timer, the last of them surely
 SETTLED_AFTER = 2  # steps without a change
 _STYLES = ("bold red", "yellow")  # by steps without a change, before a span has settled
 _SETTLED_STYLE = "green"
@@ -85,7 +86,7 @@ class LiveCanvas:
     """Shows events on `console` while whole lines of final text go to `write`; leaves only the text behind."""
 
     def __init__(self, console: Console, write: Callable[[str], object]) -> None:
-        self._live = Live(console=console, transient=True, refresh_per_second=15, redirect_stdout=False)
+        self._live = Live(console=console, transient=True, refresh_per_second=20, redirect_stdout=False)
         self._write = write
         self._history = CanvasHistory()
         self._spans: list[Span] = []
@@ -94,6 +95,7 @@ class LiveCanvas:
         self._tail = ""  # final text after the last line break, not written yet
         self._tokens = 0
         self._started = time.monotonic()
+        self._refreshed = 0.0
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -111,7 +113,10 @@ class LiveCanvas:
         if isinstance(event, Preview):
             self._spans = self._history.update(event.text)
             self._title = f"canvas {event.canvas_index + 1}, step {event.step}"
-            self._live.update(self._view())
+            now = time.monotonic()
+            shown = now - self._refreshed >= _FRAME_S
+            self._live.update(self._view(), refresh=shown)
+            self._refreshed = now if shown else self._refreshed
         elif isinstance(event, Delta):
             self._history, self._spans = CanvasHistory(), []
             self._tokens += len(event.token_ids)

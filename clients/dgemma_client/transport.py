@@ -36,6 +36,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),  # a restarted server is found again at once
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
+_PROBE_S = 2.0
 _BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -102,7 +103,7 @@ class GrpcTransport:
                     raise _refusal(response.error_message)
                 yield decode(response.infer_response)
         except grpc.aio.AioRpcError as error:
-            raise self._error(error) from None
+            raise await self._error(error) from None
         except asyncio.CancelledError:
             if _task_is_cancelled():
                 raise
@@ -130,7 +131,7 @@ class GrpcTransport:
             request = service_pb2.ModelConfigRequest(name=model)
             config = (await self._stub.ModelConfig(request, timeout=timeout_s)).config
         except grpc.aio.AioRpcError as error:
-            raise self._error(error) from None
+            raise await self._error(error) from None
         return ServerInfo(
             server=server.name,
             server_version=server.version,
@@ -143,9 +144,12 @@ class GrpcTransport:
     async def close(self) -> None:
         await self._channel.close()
 
+    def _connected(self) -> bool:
+        return bool(self._channel.get_state() is grpc.ChannelConnectivity.READY)
+
     async def _connect(self, timeout_s: float) -> None:
         """Have a connection within the time, so that its failure is told apart from a failing request."""
-        if self._channel.get_state() is grpc.ChannelConnectivity.READY:
+        if self._connected():
             return
         try:
             await self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=timeout_s)
@@ -153,10 +157,10 @@ class GrpcTransport:
             reason = f"no answer in {timeout_s:g} s" if _timed_out(error) else error.details()
             raise ConnectError(f"no Triton gRPC server at {self._url}: {reason}") from None
 
-    def _error(self, error: grpc.aio.AioRpcError) -> ClientError:
+    async def _error(self, error: grpc.aio.AioRpcError) -> ClientError:
         code, details = error.code(), error.details() or "no details"
-        # A status that the server sent leaves the connection up; one that gRPC made of a broken connection does not.
-        if code is grpc.StatusCode.UNAVAILABLE and self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+        # The server sends this status, and gRPC makes it of a broken connection: a server that answers sent it.
+        if code is grpc.StatusCode.UNAVAILABLE and not (self._connected() and await self.live(_PROBE_S)):
             return ConnectError(f"the connection to {self._url} broke: {details}")
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InvalidRequest(details)  # retrying would not help

@@ -17,7 +17,7 @@ from dgemma_client.transport import Outputs
 
 
 def handler(request: InferRequest) -> Iterator[Item]:
-    yield from (delta("a", [1, 2]), delta("b", [3]))
+    yield from (delta("a", [1, 2]), 0.01, delta("b", [3]))
     yield final("length", input_tokens=4, output_tokens=3, steps=6, canvases=2)
 
 

@@ -79,7 +79,7 @@ async def test_one_wrong_answer_is_exit_code_1_and_named() -> None:
 
 @pytest.mark.asyncio
 async def test_a_terminal_sees_the_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "PACE_S", 0.07)
+    monkeypatch.setattr(demo, "PACE_S", 0.03)
     code, text = await run(knowing(), terminal=True)
     assert code == 0
     assert "canvas 1, step 2" in text

@@ -213,7 +213,7 @@ async def test_the_server_is_killed_in_the_middle_and_comes_back() -> None:
             await anext(events)
         await process.wait()
         assert caught.value.text == "a"
-        with pytest.raises(ConnectError, match="no Triton gRPC server"):
+        with pytest.raises(ConnectError):
             await client.generate("hi")
         async with FakeTriton(answer, port=port):
             await client.wait_until_ready(5)

@@ -65,12 +65,11 @@ async def ask(client: Client, example: Example, console: Console) -> Outcome:
     else:
         async with aclosing(stream):
             async for event in stream:
-                _print_line(console, event)
+                _print_step(console, event, events)
                 events.append(event)
     answer = "".join(event.text for event in events if isinstance(event, Delta))
     right = SKILLS[example.skill].check(example.prompt, answer)
-    if console.is_terminal:
-        console.print()
+    console.print(Text("" if console.is_terminal else answer), soft_wrap=True)
     console.print(
         Text("right" if right else f"WRONG, a right answer is\n{example.answer}", "green" if right else "red")
     )
@@ -102,13 +101,13 @@ async def _paced(stream: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
         reader.cancel()
 
 
-def _print_line(console: Console, event: Event) -> None:
+def _print_step(console: Console, event: Event, before: Sequence[Event]) -> None:
+    """A line for a preview that differs from the one before."""
     if isinstance(event, Preview):
-        canvas = printable(event.text).replace("\n", "↵")
-        line = f"canvas {event.canvas_index + 1} step {event.step:>2}  {canvas}"
-        console.print(Text(line), no_wrap=True, overflow="ignore", crop=False)
-    elif isinstance(event, Delta):
-        console.print(Text(event.text), soft_wrap=True)
+        last = next((other.text for other in reversed(before) if isinstance(other, Preview)), None)
+        if event.text != last:
+            canvas = printable(event.text).replace("\n", "↵")
+            console.print(Text(f"canvas {event.canvas_index + 1} step {event.step:>2}  {canvas}"), soft_wrap=True)
 
 
 def summary(outcomes: Sequence[Outcome]) -> Table:
@@ -116,7 +115,7 @@ def summary(outcomes: Sequence[Outcome]) -> Table:
     table = Table(
         "skill", "answer", title="Held-out prompts, answered by a Triton server over gRPC", title_justify="left"
     )
-    for heading in ("tokens", "canvases", "steps", "tokens/forward", "first canvas ms", "total ms"):
+    for heading in ("tokens", "canvases", "steps", "tokens/step", "first ms", "total ms"):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
         figures = outcome.statistics
