@@ -20,17 +20,21 @@ _FONT_FACE = re.compile(r"@font-face\s*\{[^}]*\}\s*")  # fonts from elsewhere; a
 
 @dataclass(frozen=True)
 class Frame:
-    """The canvas after one step."""
+    """The canvas after one step; step 0 is the noise it starts from."""
 
     step: int
     spans: tuple[Span, ...]
 
 
-def frames(previews: Sequence[Preview], answer: str) -> list[Frame]:
-    """Every step of the first canvas, the answer as the last one."""
+def frames(noise: str, previews: Sequence[Preview], answer: str) -> list[Frame]:
+    """The steps that changed the first canvas, from its noise to the answer, which is the last one's."""
     history = CanvasHistory()
     first = [preview for preview in previews if preview.canvas_index == 0]
-    shown = [Frame(preview.step, tuple(history.update(preview.text))) for preview in first]
+    shown = [Frame(0, (Span(noise, 0),))]
+    for preview in first:
+        spans = history.update(preview.text)
+        if any(span.age == 0 for span in spans):
+            shown.append(Frame(preview.step, tuple(spans)))
     return [*shown, Frame(len(first) + 1, (Span(answer, SETTLED_AFTER),))]
 
 
@@ -42,7 +46,7 @@ def chosen(all_frames: Sequence[Frame], count: int) -> list[Frame]:
     return [all_frames[round(index * last / (count - 1))] for index in range(count)]
 
 
-def draw(prompt: str, shown: Sequence[Frame], caption: str, frame_width: int = 19) -> str:
+def draw(prompt: str, shown: Sequence[Frame], caption: str, frame_width: int = 24) -> str:
     """The prompt and the frames side by side as an SVG document that needs nothing from elsewhere."""
     lines = prompt.split("\n")
     height = max(len(lines), *(_rows(frame, frame_width - 4) for frame in shown)) + 2
@@ -58,7 +62,7 @@ def draw(prompt: str, shown: Sequence[Frame], caption: str, frame_width: int = 1
         )
     ]
     for frame in shown:
-        panel = canvas_panel(list(frame.spans), f"step {frame.step}", height)
+        panel = canvas_panel(list(frame.spans), f"step {frame.step}" if frame.step else "noise", height)
         panel.width = frame_width
         panels.append(panel)
     width = prompt_width + 1 + len(shown) * (frame_width + 1)

@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +22,10 @@ from dgemma_build.demo.skills import SKILLS, Example, held_out_set
 from dgemma_client import Client, ClientError, Delta, Done, Event, Preview, Statistics
 from dgemma_client.live import LiveCanvas, printable
 from dgemma_client.picture import chosen, draw, frames
+from dgemma_runtime.codec import Codec
+from dgemma_runtime.contract import Manifest
 from dgemma_runtime.errors import DGemmaError
+from dgemma_runtime.noise import CanvasNoise
 from dgemma_runtime.server import running_server
 
 REQUIRED = ("sudoku4", "sudoku6", "json", "table", "infill")  # skills that must be right for exit code 0
@@ -130,7 +134,22 @@ def summary(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-async def show(url: str, console: Console, picture: Path | None = None, wait_s: float = 60.0) -> int:
+@dataclass(frozen=True)
+class Picture:
+    """Where to draw the canvas of PICTURE_SKILL, and the noise that it starts from."""
+
+    path: Path
+    noise: str
+
+
+def noise_of(engine: Path) -> str:
+    """The canvas that SEED starts from, as text; a dot for each token without a text of its own."""
+    model, codec = Manifest.load(engine).model, Codec.load(engine)
+    ids = CanvasNoise(SEED, 0, model.canvas_length, model.vocab_size).initial().tolist()
+    return "".join("·" if token in codec.bytes else codec.piece(token) or "·" for token in ids)
+
+
+async def show(url: str, console: Console, picture: Picture | None = None, wait_s: float = 60.0) -> int:
     """Ask every example of the server at `url`; returns the exit code, 0 if all required answers are right."""
     async with Client(url, timeout_s=60) as client:
         await client.wait_until_ready(wait_s)
@@ -139,7 +158,7 @@ async def show(url: str, console: Console, picture: Path | None = None, wait_s: 
     console.print(summary(outcomes))
     if picture is not None:
         _write_picture(picture, next(outcome for outcome in outcomes if outcome.example.skill == PICTURE_SKILL))
-        console.print(f"wrote {picture}")
+        console.print(f"wrote {picture.path}")
     wrong = [outcome.example.skill for outcome in outcomes if outcome.example.skill in REQUIRED and not outcome.right]
     if wrong:
         console.print(Text(f"The demo failed: wrong answers for {', '.join(wrong)}.", "red"))
@@ -148,15 +167,15 @@ async def show(url: str, console: Console, picture: Path | None = None, wait_s: 
     return 0
 
 
-def _write_picture(path: Path, outcome: Outcome) -> None:
+def _write_picture(picture: Picture, outcome: Outcome) -> None:
     figures = outcome.statistics
     caption = (
         f"{figures.num_output_tokens} tokens in {figures.denoising_steps} denoising steps: "
         f"{figures.tokens_per_forward:.1f} tokens per forward pass"
     )
-    shown = chosen(frames(outcome.previews, outcome.answer), PICTURE_FRAMES)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(draw(outcome.example.prompt, shown, caption))
+    shown = chosen(frames(picture.noise, outcome.previews, outcome.answer), PICTURE_FRAMES)
+    picture.path.parent.mkdir(parents=True, exist_ok=True)
+    picture.path.write_text(draw(outcome.example.prompt, shown, caption))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,13 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help=f"also draw the {PICTURE_SKILL} canvas to this SVG file")
     parser.add_argument("--wait", type=float, default=60.0, help="seconds until the model must be ready (%(default)s)")
     args = parser.parse_args(arguments)
+    if args.picture is not None and args.engine is None:
+        parser.error("--picture needs --engine, whose tokenizer makes the noise readable")
     console = Console()
     try:
         if args.url is not None:
-            return asyncio.run(show(args.url, console, args.picture, args.wait))
+            return asyncio.run(show(args.url, console, wait_s=args.wait))
         console.print(f"Starting Triton with the engine in {args.engine}")
         with running_server(args.engine) as server:
-            code = asyncio.run(show(server.grpc_url, console, args.picture, args.wait))
+            picture = None if args.picture is None else Picture(args.picture, noise_of(args.engine))
+            code = asyncio.run(show(server.grpc_url, console, picture, args.wait))
         console.print("Triton has stopped.")
         return code
     except KeyboardInterrupt:
