@@ -117,7 +117,7 @@ def _print_step(console: Console, event: Event, before: Sequence[Event]) -> None
 def summary(outcomes: Sequence[Outcome]) -> Table:
     """One row per skill."""
     table = Table(
-        "skill", "answer", title="Held-out prompts, answered by a Triton server over gRPC", title_justify="left"
+        "skill", "answer", title="Held-out prompts, answered over gRPC", title_justify="left", box=SIMPLE_HEAD
     )
     for heading in ("tokens", "canvases", "steps", "tokens/step", "first ms", "total ms"):
         table.add_column(heading, justify="right")
