@@ -1,0 +1,75 @@
+"""What a row of the acceptance table is, and what rows are measured with. Knows no row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from dgemma_build.bench.__main__ import ROOT, run
+from dgemma_build.bench.scenario import Cell
+from dgemma_build.engine import BuildRequest, build_engine
+from dgemma_build.oracle import Model, load_oracle
+from dgemma_build.random_checkpoint import write_checkpoint
+
+GENERATED = ROOT / "artifacts/accept"
+NAMES = ("demo", "odd_a", "odd_b")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A figure beside its bar."""
+
+    figure: str
+    passed: bool
+    details: dict[str, Any] = field(default_factory=dict)  # for the JSON file
+
+
+class Setting:
+    """Checkpoints, engines, oracles and the benchmark, each made once when a row first asks for it."""
+
+    def __init__(self, quick: bool, console: Console) -> None:
+        self.quick = quick
+        self.console = console
+        self._engines: dict[str, Path] = {}
+        self._oracles: dict[str, Model] = {}
+
+    def checkpoint(self, name: str) -> Path:
+        """`demo` as it lies in the repository, or a generated one."""
+        if name == "demo":
+            return ROOT / "build/checkpoints/demo"
+        return write_checkpoint(GENERATED / "checkpoints" / name, name)
+
+    def engine(self, name: str) -> Path:
+        """Built from the present sources."""
+        if name not in self._engines:
+            output = GENERATED / "engines" / name
+            output.parent.mkdir(parents=True, exist_ok=True)
+            build_engine(BuildRequest(self.checkpoint(name), output), lambda text: None)
+            self._engines[name] = output
+        return self._engines[name]
+
+    def oracle(self, name: str) -> Model:
+        """One thread: these models are too small to share, and its numbers depend on it."""
+        if name not in self._oracles:
+            self._oracles[name] = load_oracle(self.checkpoint(name), threads=1)
+        return self._oracles[name]
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The whole benchmark; takes minutes."""
+        return run(quick=False, compiled=True, console=self.console)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: what is measured, the bar, and how; quick rows also run in CI."""
+
+    what: str
+    bar: str
+    measure: Callable[[Setting], Result]
+    quick: bool = True
