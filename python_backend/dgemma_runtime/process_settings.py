@@ -28,18 +28,20 @@ class ProcessSettings:
     engine: Path
     warm_up: bool = True  # run a short generation before the model is ready
     log_level: str = "INFO"  # of the runtime's own log on stderr
+    drain_file: Path | None = None  # when it appears: end all requests within the seconds in it
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
 
     def to_json(self) -> str:
         """For `SETTINGS_VARIABLE`; `from_environment` reads it."""
         values = asdict(self)
         runtime = values.pop("runtime")
-        return json.dumps({**values, "engine": str(self.engine), **runtime})
+        paths = {"engine": str(self.engine), "drain_file": None if self.drain_file is None else str(self.drain_file)}
+        return json.dumps({**values, **paths, **runtime})
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> ProcessSettings:
         """From names and values; raises ConfigurationError naming an unknown, missing or wrong one."""
-        known = ("engine", "warm_up", "log_level", *_RUNTIME_NAMES)
+        known = ("engine", "warm_up", "log_level", "drain_file", *_RUNTIME_NAMES)
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -53,8 +55,25 @@ class ProcessSettings:
             raise ConfigurationError(f"warm_up must be true or false, got {warm_up!r}")
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigurationError(f"log_level must be DEBUG, INFO, WARNING or ERROR, got {level!r}")
+        drain_file = values.get("drain_file")
+        if not isinstance(drain_file, str | Path | None):
+            raise ConfigurationError(f"drain_file must be a path, got {drain_file!r}")
         runtime = RuntimeSettings(**{name: values[name] for name in _RUNTIME_NAMES if name in values})
-        return ProcessSettings(Path(engine), warm_up, level, runtime)
+        return ProcessSettings(Path(engine), warm_up, level, None if drain_file is None else Path(drain_file), runtime)
+
+    def drain_request(self) -> float | None:
+        """The seconds that whoever stops the server leaves to running requests; None where nobody is stopping it.
+
+        Triton tells a model of its end only after the last request, and drops what outlives its exit timeout.
+        """
+        if self.drain_file is None:
+            return None
+        try:
+            return float(self.drain_file.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            return 0.0
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> ProcessSettings:

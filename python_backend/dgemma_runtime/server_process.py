@@ -31,6 +31,7 @@ from dgemma_runtime.triton_install import TritonInstall, find_triton
 MODEL_NAME = "diffusion_gemma"
 _SHARED_MEMORY = Path("/dev/shm")
 _KILL_AFTER_S = 10.0  # beyond the exit timeout that Triton itself keeps
+_LAST_RESPONSES_S = 3.0  # of the exit timeout, for the responses to requests that did not end in time
 _POLL_S = 0.05
 
 
@@ -100,6 +101,10 @@ class RunningServer:
     def terminate(self) -> None:
         """Ask the server to stop: requests under way may end within the exit timeout, new ones are refused."""
         if self.returncode is None:
+            grace_s = max(self._options.exit_timeout_s - _LAST_RESPONSES_S, 0.0)
+            drain = _drain_file(self._run_directory)
+            drain.with_suffix(".tmp").write_text(str(grace_s))
+            drain.with_suffix(".tmp").replace(drain)
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -154,8 +159,8 @@ def start_server(settings: ProcessSettings, options: ServerOptions, log_to_file:
             f"{options.model_repository}: no model repository with {MODEL_NAME}; name the one of the source tree"
         )
     run_directory = Path(tempfile.mkdtemp(prefix="dgemma-server-"))
-    absolute = replace(settings, engine=settings.engine.resolve())
-    environment = install.environment(os.environ) | {SETTINGS_VARIABLE: absolute.to_json()}
+    placed = replace(settings, engine=settings.engine.resolve(), drain_file=_drain_file(run_directory))
+    environment = install.environment(os.environ) | {SETTINGS_VARIABLE: placed.to_json()}
     with contextlib.ExitStack() as stack:
         output: IO[bytes] | None = None
         if log_to_file:
@@ -193,7 +198,7 @@ def running_server(
 
 
 def command(install: TritonInstall, options: ServerOptions, run_directory: Path) -> list[str]:
-    """Triton's command line. The repository API is closed to clients; the model itself uses it, see `triton_backend`."""
+    """Triton's command line. The repository API is closed to clients; the model uses it, see `triton_backend`."""
     key = secrets.token_hex(16)
     flag = str(options.verbose).lower()
     return [
@@ -221,6 +226,10 @@ def _region_prefix(run_directory: Path) -> str:
     return run_directory.name.replace("-", "_") + "_"
 
 
+def _drain_file(run_directory: Path) -> Path:
+    return run_directory / "drain"
+
+
 # ---------------------------------------------------------------- ports and processes
 
 
@@ -228,8 +237,8 @@ def _with_ports(options: ServerOptions) -> ServerOptions:
     """Free ports in place of 0; raises ConfigurationError for a port that is taken, or given twice."""
     names = ("http_port", "grpc_port", "metrics_port")
     with contextlib.ExitStack() as held:  # all at once, so that no free port is chosen twice
-        ports = {name: _bound_port(held, options.host, name, getattr(options, name)) for name in names}
-    return replace(options, **ports)
+        http, grpc, metrics = (_bound_port(held, options.host, name, getattr(options, name)) for name in names)
+    return replace(options, http_port=http, grpc_port=grpc, metrics_port=metrics)
 
 
 def _bound_port(held: contextlib.ExitStack, host: str, name: str, port: int) -> int:

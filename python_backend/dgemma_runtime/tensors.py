@@ -155,7 +155,7 @@ def _value(spec: TensorSpec, array: Array) -> Any:
     expected = NUMPY_TYPES[spec.datatype]
     if array.dtype != expected:
         raise InvalidRequest(spec.name, f"must be {spec.datatype}, got numpy {array.dtype}")
-    if array.ndim > 2 or (array.ndim == 2 and array.shape[0] != 1) or (not spec.many and array.size != 1):
+    if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[0] != 1) or (not spec.many and array.size != 1):
         wanted = "[n] or [1, n]" if spec.many else "[1] or [1, 1]"
         raise InvalidRequest(spec.name, f"must have the shape {wanted}, got {list(array.shape)}")
     flat = array.reshape(-1)

@@ -40,12 +40,14 @@ class TritonBackend:
             settings = ProcessSettings.from_environment(os.environ)
             _set_up_log(settings.log_level)
             self._application = Application.open(settings)
+            self._settings = settings
         except DGemmaError as error:
             raise pb_utils.TritonModelException(f"{type(error).__name__}: {error}") from None
         self._model_name = args["model_name"]
         self._live: dict[int, _Reply] = {}  # by id(); taken out by the writer when the last response is sent
         self._outbox: queue.SimpleQueue[tuple[_Reply, Event | Exception] | None] = queue.SimpleQueue()
         self._wake, self._stopping = threading.Event(), False
+        self._drainer: threading.Thread | None = None
         self._threads = [
             threading.Thread(target=self._write, name="writer", daemon=True),
             threading.Thread(target=self._watch, name="watcher", daemon=True),
@@ -70,6 +72,8 @@ class TritonBackend:
     def finalize(self) -> None:
         """Let what is running end for a moment, then end it; every client has its last response when this returns."""
         self._application.service.stop(_GRACE_S)
+        if self._drainer is not None:
+            self._drainer.join()
         self._stopping = True
         self._wake.set()
         self._outbox.put(None)
@@ -115,6 +119,9 @@ class TritonBackend:
             if service.failure is not None and not self._live:
                 self._withdraw(service.failure)
                 return
+            if self._drainer is None and (grace_s := self._settings.drain_request()) is not None:
+                self._drainer = threading.Thread(target=service.stop, args=(grace_s,), name="drainer", daemon=True)
+                self._drainer.start()
 
     def _withdraw(self, failure: str) -> None:
         """Make the model not ready, as far as this Triton can; new requests get the error in any case."""

@@ -1,4 +1,4 @@
-"""The Triton server inside of the nvidia-pytriton wheel: checks that it can run here, stages its backend, its environment.
+"""The Triton server inside of the nvidia-pytriton wheel: checks that it runs here, stages its backend, its environment.
 
 Knows where the wheel keeps what, nothing of engines or requests. Nothing of PyTriton's own Python code is used.
 """
@@ -106,8 +106,8 @@ def _libpython() -> Path:
         ctypes.CDLL(name)  # somewhere on the loader's own path
     except OSError:
         raise ConfigurationError(
-            f"{name} was not found (looked in {', '.join(str(f) for f in folders if f)}); Triton's Python backend needs "
-            f"it: install libpython{version}, or use a Python built with --enable-shared"
+            f"{name} was not found (looked in {', '.join(str(f) for f in folders if f)}); Triton's Python backend "
+            f"needs it: install libpython{version}, or use a Python built with --enable-shared"
         ) from None
     return Path("/usr/lib") / name
 

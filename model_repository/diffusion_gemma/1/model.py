@@ -8,7 +8,7 @@ import sys
 # Triton's stub starts Python isolated from the environment, so PYTHONPATH, where it is used, is to be honoured here.
 sys.path.extend(entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in (*sys.path, ""))
 
-from dgemma_runtime.triton_backend import TritonBackend  # noqa: E402
+from dgemma_runtime.triton_backend import TritonBackend
 
 
 class TritonPythonModel(TritonBackend):

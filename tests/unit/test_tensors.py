@@ -1,0 +1,259 @@
+"""The tensor table, the model's config.pbtxt beside it, and a request's arrays on their way to a generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from dgemma_runtime.errors import InvalidRequest
+from dgemma_runtime.events import Commit, Finished, Preview
+from dgemma_runtime.parameters import SUPPORTED, UNSUPPORTED, default_parameters
+from dgemma_runtime.statistics import RequestStatistics
+from dgemma_runtime.tensors import (
+    INPUTS,
+    NUMPY_TYPES,
+    OUTPUTS,
+    Chat,
+    OutputOptions,
+    ParsedRequest,
+    TensorSpec,
+    commit_outputs,
+    finished_outputs,
+    parse_request,
+    preview_outputs,
+)
+
+CONFIG = Path(__file__).resolve().parents[2] / "model_repository/diffusion_gemma/config.pbtxt"
+DEFAULTS = default_parameters({"eos_token_id": 1})
+SPECS = {spec.name: spec for spec in INPUTS}
+
+
+def arrays(values: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    """Of shape [1] or [n], typed as the table says; arrays as they are."""
+    made = {}
+    for name, value in values.items():
+        if not isinstance(value, np.ndarray):
+            value = np.array(value if isinstance(value, list) else [value], NUMPY_TYPES[SPECS[name].datatype])
+        made[name] = value
+    return made
+
+
+def parse(request_parameters: str = "", **values: Any) -> ParsedRequest:
+    return parse_request(arrays({"text_input": b"hi"} | values), request_parameters, DEFAULTS)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_config_and_table_agree() -> None:
+    config = text_format.Parse(CONFIG.read_text(), model_config_pb2.ModelConfig())
+    kserve = {"TYPE_STRING": "BYTES"} | {f"TYPE_{name}": name for name in NUMPY_TYPES}
+    for tensors, specs in ((config.input, INPUTS), (config.output, OUTPUTS)):
+        found = [(t.name, kserve[model_config_pb2.DataType.Name(t.data_type)], list(t.dims)) for t in tensors]
+        assert found == [(spec.name, spec.datatype, [-1] if spec.many else [1]) for spec in specs]
+    assert all(tensor.optional for tensor in config.input)
+    assert config.model_transaction_policy.decoupled
+    assert config.max_batch_size == 0
+    assert [(group.count, group.kind) for group in config.instance_group] == [
+        (1, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    ]
+
+
+def test_every_parameter_tensor_is_known_to_the_parameters() -> None:
+    names = {spec.name for spec in INPUTS if spec.group not in ("prompt", "vllm")}
+    known = {*SUPPORTED, *UNSUPPORTED, *OutputOptions.__dataclass_fields__}
+    assert names <= known
+    assert set(SUPPORTED) - {"stop"} <= names  # `stop` is the JSON name of `stop_words`
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+@pytest.mark.parametrize("spec", [s for s in INPUTS if not s.many and s.group == "diffusion"], ids=lambda s: s.name)
+def test_scalars_come_in_one_or_two_dimensions(spec: TensorSpec, shape: tuple[int, ...]) -> None:
+    value = {"drafter": b"off", "t_min": 0.2, "t_max": 0.9}.get(spec.name, 1)
+    parsed = parse(**{spec.name: np.array([value], NUMPY_TYPES[spec.datatype]).reshape(shape)})
+    if spec.name != "drafter":
+        found = getattr(parsed.parameters, spec.name)
+        assert found == value
+        assert type(found) is (float if spec.datatype == "FP32" else int)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 1, 1), (0,), ()])
+def test_scalars_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidRequest, match=r"max_tokens: must have the shape \[1\] or \[1, 1\], got"):
+        parse(max_tokens=np.ones(shape, np.int32))
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2)])
+def test_lists_come_in_one_or_two_dimensions(shape: tuple[int, ...]) -> None:
+    stop = np.array([b"a", "é".encode()], object).reshape(shape)
+    assert parse(stop_words=stop).parameters.stop == ("a", "é")
+    ids = parse_request({"input_ids": np.array([5, 6], np.int32).reshape(shape)}, "", DEFAULTS).prompt
+    assert isinstance(ids, np.ndarray)
+    assert ids.tolist() == [5, 6]
+    with pytest.raises(InvalidRequest, match=r"stop_words: must have the shape \[n\] or \[1, n\]"):
+        parse(stop_words=stop.reshape(2, 1))
+
+
+def test_a_number_means_the_same_as_tensor_and_as_json() -> None:
+    for name, value in (("entropy_bound", 0.1), ("confidence_threshold", 0.005), ("temperature", 0.7)):
+        as_json = parse(sampling_parameters=json.dumps({name: value}).encode())
+        assert parse(**{name: value}).parameters == as_json.parameters
+
+
+def test_another_type_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="max_tokens: must be INT32, got numpy int64"):
+        parse(max_tokens=np.array([1]))
+
+
+def test_an_unknown_tensor_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="foo: is not an input of this model; known are text_input"):
+        parse(foo=np.array([1]))
+
+
+@pytest.mark.parametrize("name", ["text_input", "stop_words", "messages", "sampling_parameters"])
+def test_invalid_utf8_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name}: is not valid UTF-8 .byte 0xff at position 2 of 3"):
+        parse_request(arrays({name: b"ab\xff"}), "", DEFAULTS)
+
+
+# ---------------------------------------------------------------- prompt
+
+
+def test_a_prompt_is_exactly_one_of_three() -> None:
+    for given in ([], ["text_input", "messages"], ["text_input", "input_ids", "messages"]):
+        tensors = {name: {"input_ids": 5}.get(name, b"[]") for name in given}
+        with pytest.raises(InvalidRequest, match="give exactly one of text_input, input_ids, messages; got"):
+            parse_request(arrays(tensors), "", DEFAULTS)
+
+
+def test_messages_are_a_list_or_an_object_with_tools() -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    as_list = parse_request(arrays({"messages": json.dumps(chat).encode()}), "", DEFAULTS)
+    assert as_list.prompt == Chat(chat)
+    whole = {"messages": chat, "tools": [{"name": "f"}], "enable_thinking": True}
+    as_object = parse_request(arrays({"messages": json.dumps(whole).encode()}), "", DEFAULTS)
+    assert as_object.prompt == Chat(chat, [{"name": "f"}], True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("3", "must be a JSON list of messages"),
+        ("{}", "must be a JSON list of messages"),
+        ('{"messages": [], "tool": []}', "unknown key 'tool'; known are messages, tools, enable_thinking"),
+        ('{"messages": {}}', 'the values of "messages" and "tools" must be lists'),
+        ('{"messages": [], "enable_thinking": 1}', '"enable_thinking" must be true or false, got 1'),
+    ],
+)
+def test_bad_messages_are_refused(text: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"messages: {message}"):
+        parse_request(arrays({"messages": text.encode()}), "", DEFAULTS)
+
+
+# ---------------------------------------------------------------- JSON parameters
+
+
+@pytest.mark.parametrize("source", ["sampling_parameters", "request parameters"])
+class TestJsonParameters:
+    """Of the `sampling_parameters` tensor, and of Triton's own request parameters."""
+
+    @staticmethod
+    def parse(source: str, text: str, **tensors: Any) -> ParsedRequest:
+        if source == "request parameters":
+            return parse(text, **tensors)
+        return parse(sampling_parameters=text.encode(), **tensors)
+
+    def test_they_are_parameters(self, source: str) -> None:
+        parsed = self.parse(source, '{"max_tokens": 5, "stop": ["x"], "temperature": 0.5}')
+        assert (parsed.parameters.max_tokens, parsed.parameters.stop) == (5, ("x",))
+        assert parsed.parameters.t_min == parsed.parameters.t_max == 0.5
+
+    def test_numbers_may_be_strings(self, source: str) -> None:
+        parsed = self.parse(source, '{"max_tokens": "5", "temperature": "0", "stream": "true", "top_p": "1.0"}')
+        assert (parsed.parameters.max_tokens, parsed.parameters.greedy, parsed.parameters.stream) == (5, True, True)
+
+    def test_texts_stay_texts(self, source: str) -> None:
+        assert self.parse(source, '{"stop": "5"}').parameters.stop == ("5",)
+
+    def test_unknown_names_are_refused(self, source: str) -> None:
+        with pytest.raises(InvalidRequest, match="temprature: is not a known parameter; known are"):
+            self.parse(source, '{"temprature": 1}')
+
+    def test_a_prompt_is_no_parameter(self, source: str) -> None:
+        with pytest.raises(InvalidRequest, match="text_input: is not a known parameter"):
+            self.parse(source, '{"text_input": "a"}')
+
+    def test_what_is_not_supported_is_refused(self, source: str) -> None:
+        with pytest.raises(InvalidRequest, match="top_k: is not supported, got 5"):
+            self.parse(source, '{"top_k": "5"}')
+
+    def test_a_parameter_is_given_once(self, source: str) -> None:
+        with pytest.raises(InvalidRequest, match=f"max_tokens: is given twice, the second time in {source}"):
+            self.parse(source, '{"max_tokens": 5}', max_tokens=5)
+
+    @pytest.mark.parametrize("text", ["nonsense", "[1]", "3", "{'a': 1}"])
+    def test_it_is_a_json_object(self, source: str, text: str) -> None:
+        with pytest.raises(InvalidRequest, match=f"{source}: (is not valid JSON|must be a JSON object)"):
+            self.parse(source, text)
+
+    @pytest.mark.parametrize("text", ['{"temperature": NaN}', '{"temperature": -1}', '{"seed": 1e999}'])
+    def test_values_are_checked(self, source: str, text: str) -> None:
+        with pytest.raises(InvalidRequest, match="(temperature|seed): must be"):
+            self.parse(source, text)
+
+    def test_output_options_too(self, source: str) -> None:
+        assert not self.parse(source, '{"return_finish_reason": "false"}').options.return_finish_reason
+        with pytest.raises(InvalidRequest, match="return_finish_reason: must be true or false, got 3"):
+            self.parse(source, '{"return_finish_reason": 3}')
+
+
+def test_what_triton_sets_for_itself_is_let_through() -> None:
+    assert parse('{"triton_enable_empty_final_response": true}') == parse()
+    assert parse(sampling_parameters=b"") == parse()
+
+
+# ---------------------------------------------------------------- outputs
+
+STATISTICS = RequestStatistics(7, 3, 5, 1, 0.6, 0.1, 0.2, 0.3, 0.4, 0.5)
+FINISHED = Finished("stop", "abc", np.array([1, 2, 3], np.int32), STATISTICS)
+
+
+def test_every_output_has_the_type_and_shape_of_the_table() -> None:
+    events = {
+        **finished_outputs(FINISHED, OutputOptions(), "abc", [1, 2, 3]),
+        **commit_outputs(Commit("é", np.array([4], np.int32), 1, 6), "before ", [8, 9]),
+        **preview_outputs(Preview("x", 1, 2, np.array([4], np.int32))),
+    }
+    assert {spec.name for spec in OUTPUTS} == set(events)
+    for spec in OUTPUTS:
+        assert events[spec.name].dtype == NUMPY_TYPES[spec.datatype]
+        assert events[spec.name].ndim == 1
+        assert spec.many or events[spec.name].shape == (1,)
+    assert events["text_output"][0] == "before é".encode()
+    assert events["output_ids"].tolist() == [8, 9, 4]
+    assert json.loads(events["statistics"][0])["total_ms"] == STATISTICS.total_ms
+
+
+def test_output_options_leave_outputs_out() -> None:
+    options = OutputOptions(True, False, False, False)
+    found = finished_outputs(FINISHED, options, "", [])
+    assert set(found) == {"text_output", "output_ids", "sequence_index", "denoising_steps", "statistics"}
+
+
+def test_echoing_needs_the_prompt_s_text() -> None:
+    assert not parse(exclude_input_in_output=False).options.exclude_input_in_output
+    with pytest.raises(InvalidRequest, match="exclude_input_in_output: false needs the prompt as text_input"):
+        tensors = arrays({"input_ids": 5, "exclude_input_in_output": False})
+        parse_request(tensors, "", DEFAULTS)
