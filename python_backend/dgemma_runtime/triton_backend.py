@@ -27,6 +27,7 @@ from dgemma_runtime.triton_features import check_triton
 
 _log = logging.getLogger(__name__)
 _WATCH_S = 0.02  # asking costs about 60 us per request, too much for every step of the engine thread
+_IDLE_WATCH_S = 1.0
 _GRACE_S = 5.0  # for requests at `finalize`; Triton has waited for them before, up to its own exit timeout
 
 
@@ -44,6 +45,7 @@ class TritonBackend:
         except DGemmaError as error:
             raise pb_utils.TritonModelException(f"{type(error).__name__}: {error}") from None
         self._model_name = args["model_name"]
+        self._server = os.getppid()
         self._live: dict[int, _Reply] = {}  # by id(); taken out by the writer when the last response is sent
         self._outbox: queue.SimpleQueue[tuple[_Reply, Event | Exception] | None] = queue.SimpleQueue()
         self._wake, self._stopping = threading.Event(), False
@@ -111,8 +113,10 @@ class TritonBackend:
     def _watch(self) -> None:
         service = self._application.service
         while not self._stopping:
-            self._wake.wait(_WATCH_S if self._live else None)
+            self._wake.wait(_WATCH_S if self._live else _IDLE_WATCH_S)
             self._wake.clear()
+            if os.getppid() != self._server:  # Triton was killed; without this its requests would run on for nobody
+                os._exit(1)
             for reply in list(self._live.values()):
                 reply.poll()
                 del reply
