@@ -13,7 +13,9 @@ from rich.console import Console
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_runtime.errors import DGemmaError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Build engines for DiffusionGemma.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Build engines for DiffusionGemma."
+)
 console = Console(stderr=True)
 
 CheckpointOption = Annotated[Path, typer.Option(help="Checkpoint directory in transformers' format.")]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dgemma_build.backends import backend_for
 from dgemma_build.checkpoint import Checkpoint
-from dgemma_build.graph import Lowering, write_graph
+from dgemma_build.graph import write_graph
 from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
 from dgemma_runtime.errors import CheckpointError, ConfigurationError
 

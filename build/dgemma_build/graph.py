@@ -83,10 +83,8 @@ class _DenoiserGraph:
 
     def rms_norm(self, value: str, weight: str, dim: int) -> str:
         """RMS norm over the last axis; `weight` is a tensor's name, or "" for none."""
-        if weight:
-            scale = self.weight(weight, self.load(weight))
-        else:
-            scale = self.w.const(np.ones(dim), self.numpy_dtype)
+        ones = np.ones(dim)
+        scale = self.weight(weight, self.load(weight)) if weight else self.w.const(ones, self.numpy_dtype)
         return self.w.op(
             "RMSNormalization", value, scale, axis=-1, epsilon=self.config.rms_norm_eps, stash_type=TensorProto.FLOAT
         )
@@ -181,7 +179,8 @@ class _DenoiserGraph:
         parts = [self.load(f"{prefix}.{name}_proj.weight") for name in ("gate", "up")]
         matrix = (np.concatenate(parts) * self.load(norm)).T
         both = self.w.op("MatMul", normed, self.weight(f"{prefix}.gate_up", matrix))
-        return self._gated_down(*self.w.ops("Split", both, self.w.const([inner, inner]), outputs=2, axis=-1), prefix)
+        gate, up = self.w.ops("Split", both, self.w.const([inner, inner]), outputs=2, axis=-1)
+        return self._gated_down(gate, up, prefix)
 
     def _gated_down(self, gate: str, up: str, prefix: str) -> str:
         gated = self.w.op("Mul", self.w.op("Gelu", gate, approximate="tanh"), up)
@@ -216,7 +215,10 @@ class _DenoiserGraph:
         else:
             queries_keys, values = w.ops("Split", by_head, w.const([heads + kv_heads, kv_heads]), outputs=2, axis=1)
         scale = np.concatenate(
-            [np.tile(self.load(f"{prefix}.{name}.weight"), (n, 1)) for name, n in (("q_norm", heads), ("k_norm", kv_heads))]
+            [
+                np.tile(self.load(f"{prefix}.{name}.weight"), (n, 1))
+                for name, n in (("q_norm", heads), ("k_norm", kv_heads))
+            ]
         )
         scaled = w.op("Mul", queries_keys, self.weight(f"{prefix}.qk_norm", scale[:, None, :]))
         rotated = w.op("RotaryEmbedding", scaled, *self.rope[layer.kind])

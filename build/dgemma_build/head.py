@@ -69,7 +69,9 @@ def _sample(w: GraphWriter, probabilities: str, vocab: int) -> str:
         padding = w.const([0, 0, 0, groups * size - vocab])
         probabilities = w.op("Pad", probabilities, padding, w.const(0, np.float32))
     by_group = w.op("Reshape", probabilities, w.const([-1, groups, size]))
-    mass = w.op("Squeeze", w.op("MatMul", by_group, w.weight("head/group_ones", np.ones((size, 1), np.float32))), w.const([2]))  # [N, groups]
+    mass = w.op(
+        "Squeeze", w.op("MatMul", by_group, w.weight("head/group_ones", np.ones((size, 1), np.float32))), w.const([2])
+    )  # [N, groups]
     until = w.op("CumSum", mass, w.const(1))
     uniforms = w.op("Reshape", "uniforms", w.const([-1, 1]))
     group = _count_up_to(w, until, uniforms, groups)  # [N, 1]

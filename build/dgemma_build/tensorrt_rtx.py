@@ -38,7 +38,9 @@ def profiles(canvas_length: int, max_batch_size: int) -> tuple[Profile, Profile]
     """The denoise profile and the encode profile."""
     batch = (1, 1, max_batch_size)
     denoise = Profile(rows=batch, tokens=(canvas_length,) * 3, canvas_rows=batch)
-    encode = Profile(rows=(1, 1, 1), tokens=(1, canvas_length, max(ENCODE_TOKENS, canvas_length)), canvas_rows=(0, 0, 0))
+    encode = Profile(
+        rows=(1, 1, 1), tokens=(1, canvas_length, max(ENCODE_TOKENS, canvas_length)), canvas_rows=(0, 0, 0)
+    )
     return denoise, encode
 
 

@@ -98,9 +98,9 @@ class Manifest:
                 raise ManifestError(f"{path}: the file {name!r} lies outside of the engine directory")
             if not file.is_file():
                 raise ManifestError(f"{directory / name}: listed in the manifest but missing; {rebuild}")
-            if verify_hashes and (found := file_sha256(file)) != expected:
+            if verify_hashes and (digest := file_sha256(file)) != expected:
                 raise ManifestError(
-                    f"{directory / name}: SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…; {rebuild}"
+                    f"{directory / name}: SHA-256 is {digest[:12]}…, the manifest says {expected[:12]}…; {rebuild}"
                 )
         return manifest
 

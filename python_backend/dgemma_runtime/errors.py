@@ -1,12 +1,12 @@
 """Every error the runtime raises on purpose. Knows nothing else.
 
-    DGemmaError
-    ├── InvalidRequest      the request cannot be honoured; names field, value and remedy
-    ├── Overloaded          the queue is full; try again later
-    ├── CheckpointError     a checkpoint, tokenizer or template is missing, corrupt or foreign
-    ├── ManifestError       an engine directory is missing, corrupt or does not fit this runtime
-    ├── ConfigurationError  a setting of the serving process is wrong
-    └── EngineError         the engine failed; the process can no longer serve
+DGemmaError
+├── InvalidRequest      the request cannot be honoured; names field, value and remedy
+├── Overloaded          the queue is full; try again later
+├── CheckpointError     a checkpoint, tokenizer or template is missing, corrupt or foreign
+├── ManifestError       an engine directory is missing, corrupt or does not fit this runtime
+├── ConfigurationError  a setting of the serving process is wrong
+└── EngineError         the engine failed; the process can no longer serve
 """
 
 from __future__ import annotations

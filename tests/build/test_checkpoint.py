@@ -31,11 +31,15 @@ def change_tensors(directory: Path, change: Callable[[Tensors], object]) -> None
     save_file(tensors, directory / "model.safetensors")
 
 
+def read_everything(directory: Path) -> None:
+    checkpoint = Checkpoint(directory)
+    for name in checkpoint.names():
+        checkpoint.float32(name)
+
+
 def refused(directory: Path, *words: str) -> None:
     with pytest.raises(CheckpointError) as error:
-        checkpoint = Checkpoint(directory)
-        for name in checkpoint.names():
-            checkpoint.float32(name)
+        read_everything(directory)
     for word in words:
         assert word in str(error.value)
 
@@ -44,7 +48,9 @@ def test_every_text_tensor_is_found_and_the_vision_tower_is_left_out_by_name(odd
     checkpoint = Checkpoint(odd_checkpoint)
     assert set(checkpoint.names()) == set(expected_shapes(checkpoint.config))
     assert checkpoint.left_out
-    assert all(name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision.")) for name in checkpoint.left_out)
+    assert all(
+        name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision.")) for name in checkpoint.left_out
+    )
     with safe_open(odd_checkpoint / "model.safetensors", framework="numpy") as file:
         assert len(checkpoint.left_out) + len(list(checkpoint.names())) == len(list(file.keys()))
 
@@ -58,9 +64,7 @@ def test_encoder_and_decoder_scalars_are_different_tensors(odd_checkpoint: Path)
 def test_shared_weights_may_be_stored_under_the_encoder(checkpoint_copy: Path) -> None:
     expected = Checkpoint(checkpoint_copy).float32("layers.0.mlp.up_proj.weight")
     moved = "model.encoder.language_model.layers.0.mlp.up_proj.weight"
-    change_tensors(
-        checkpoint_copy, lambda t: t.update({moved: t.pop("model.decoder.layers.0.mlp.up_proj.weight")})
-    )
+    change_tensors(checkpoint_copy, lambda t: t.update({moved: t.pop("model.decoder.layers.0.mlp.up_proj.weight")}))
     assert np.array_equal(Checkpoint(checkpoint_copy).float32("layers.0.mlp.up_proj.weight"), expected)
 
 
@@ -70,7 +74,10 @@ def test_both_spellings_of_the_full_layers_are_read(checkpoint_copy: Path) -> No
 
     def respell(config: dict[str, Any]) -> None:
         text = config["text_config"]
-        override = {"head_dim": text.pop("global_head_dim"), "num_key_value_heads": text.pop("num_global_key_value_heads")}
+        override = {
+            "head_dim": text.pop("global_head_dim"),
+            "num_key_value_heads": text.pop("num_global_key_value_heads"),
+        }
         full = [index for index, kind in enumerate(text["layer_types"]) if kind == "full_attention"]
         text["per_layer_config"] = {str(index): override for index in full}
 
@@ -125,7 +132,9 @@ def test_one_expert_is_the_same_as_the_stack_sliced(odd_checkpoint: Path) -> Non
         (lambda t: t["model.decoder.norm.weight"].fill(np.nan), ("norm.weight", "NaN")),
     ],
 )
-def test_damaged_tensors_are_named(checkpoint_copy: Path, change: Callable[[Tensors], object], words: tuple[str, ...]) -> None:
+def test_damaged_tensors_are_named(
+    checkpoint_copy: Path, change: Callable[[Tensors], object], words: tuple[str, ...]
+) -> None:
     change_tensors(checkpoint_copy, change)
     refused(checkpoint_copy, *words)
 
@@ -138,7 +147,10 @@ def test_damaged_tensors_are_named(checkpoint_copy: Path, change: Callable[[Tens
         (lambda c: c["text_config"].pop("num_experts"), ("text_config.num_experts is missing",)),
         (lambda c: c["text_config"].update(hidden_activation="silu"), ("hidden_activation", "'silu'")),
         (lambda c: c["text_config"].update(num_hidden_layers=9), ("layer_types", "num_hidden_layers")),
-        (lambda c: c["text_config"].update(use_bidirectional_attention="all"), ("use_bidirectional_attention", "'all'")),
+        (
+            lambda c: c["text_config"].update(use_bidirectional_attention="all"),
+            ("use_bidirectional_attention", "'all'"),
+        ),
         (lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(rope_type="yarn"), ("rope", "yarn")),
         (lambda c: c["text_config"].update(hidden_size=64), ("the config asks for",)),
     ],

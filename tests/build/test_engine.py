@@ -19,7 +19,14 @@ from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.engine_probe import OnnxRuntimeProbe
 from dgemma_build.graph import Lowering, write_graph
 from dgemma_build.head import group_size
-from dgemma_runtime.contract import DenoiseRow, EngineLimits, Manifest, SequencePages
+from dgemma_runtime.contract import (
+    DenoiseRow,
+    EngineLimits,
+    Float32Array,
+    Int32Array,
+    Manifest,
+    SequencePages,
+)
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from dgemma_runtime.errors import CheckpointError, ConfigurationError, DGemmaError, ManifestError
 
@@ -162,9 +169,10 @@ def test_samples_follow_the_distribution(odd_engine: Path) -> None:
     pages = SequencePages(np.arange(4, dtype=np.int32), np.arange(4, dtype=np.int32))
     canvas = np.zeros(spec.canvas_length, np.int32)
 
-    def sample(uniforms: np.ndarray[tuple[int], np.dtype[np.float32]], temperature: float) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    def sample(uniforms: Float32Array, temperature: float) -> Int32Array:
         row = DenoiseRow(0, canvas, uniforms, temperature, 0, pages, first_step=True)
-        return engine.denoise([row]).sampled_ids[0]  # type: ignore[return-value]
+        ids: Int32Array = engine.denoise([row]).sampled_ids[0]
+        return ids
 
     levels = np.linspace(0, 1, 21, endpoint=False, dtype=np.float32)
     ids = np.stack([sample(np.full(spec.canvas_length, level, np.float32), 1e6) for level in levels])

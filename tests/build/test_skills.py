@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_the_generated_answer_is_right_and_others_are_not(skill: str) -> None:
     rng = random.Random(1)
     examples = [draw(skill, rng, held_out=False) for _ in range(50)]
     check = SKILLS[skill].check
-    for example, other in zip(examples, examples[1:], strict=False):
+    for example, other in pairwise(examples):
         assert check(example.prompt, example.answer)
         assert not check(example.prompt, "")
         assert not check(example.prompt, example.answer[:-2])
@@ -89,6 +90,8 @@ def test_infill_checker_runs_the_code_and_accepts_another_way_to_say_it() -> Non
     assert not check_infill(prompt, "out = n *")
 
 
-@pytest.mark.parametrize("answer", ["out = __import__('os').getpid()", "out = n ** 9 ** 9", "while 1: pass", "import os"])
+@pytest.mark.parametrize(
+    "answer", ["out = __import__('os').getpid()", "out = n ** 9 ** 9", "while 1: pass", "import os"]
+)
 def test_infill_checker_runs_nothing_but_arithmetic(answer: str) -> None:
     assert not check_infill(f"Fill in the middle:\ndef double(n):\n    {HOLE}\n    return out", answer)

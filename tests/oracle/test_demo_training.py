@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
+from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.demo.export import write_checkpoint
 from dgemma_build.demo.model import DemoConfig, Denoiser
 from dgemma_build.demo.tokenizer import TURN_END, TURN_START, build_tokenizer, render_turn
-from dgemma_build.demo.train import Plan, _rate, phase_of
+from dgemma_build.demo.train import Plan, _rate, phase_of, train
 from dgemma_build.oracle import load_oracle
 
 VOCAB = 1024
@@ -74,3 +76,17 @@ def test_the_learning_rate_warms_up_holds_and_ends_at_zero() -> None:
     assert rates[-1] == pytest.approx(1 / 400)
     assert phase_of(0).ordered_share == 0.0
     assert phase_of(10**6).ordered_share > 0
+
+
+def test_training_runs_stops_and_resumes(tmp_path: Path) -> None:
+    train(Plan(steps=1), tmp_path, resume=False, compiled=False)
+    train(Plan(steps=2), tmp_path, resume=True, compiled=False)
+    log = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
+    assert [entry["first_step"] for entry in log if "first_step" in entry] == [0, 1]
+    assert [entry["step"] for entry in log if "step" in entry] == [0, 1]
+    assert all(4 < entry["short"] < 8 for entry in log if "step" in entry)  # nats; about log(vocabulary) at the start
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    assert state["step"] == 2
+    config = DemoConfig(vocab_size=state["model"]["embed_tokens.weight"].shape[0])
+    write_checkpoint(state["model"], config, tmp_path / "checkpoint", VOCAB, seed=0)
+    assert Checkpoint(tmp_path / "checkpoint").config.spec.canvas_length == config.canvas_length

@@ -20,9 +20,9 @@ tags: [diffusion, mixture-of-experts, demo]
 ---
 # DiffusionGemma, demonstration size
 
-A genuine DiffusionGemma (`DiffusionGemmaForBlockDiffusion.from_pretrained` loads it) of {parameters:.2f} million parameters,
-trained from scratch on generated data, so that exporters, engines and servers have something real and small to run. It
-does {count} things and nothing else; it is no assistant.
+A genuine DiffusionGemma (`DiffusionGemmaForBlockDiffusion.from_pretrained` loads it) of {parameters:.2f} million
+parameters, trained from scratch on generated data, so that exporters, engines and servers have something real and
+small to run. It does {count} things and nothing else; it is no assistant.
 
 | | |
 |---|---|
@@ -34,7 +34,7 @@ does {count} things and nothing else; it is no assistant.
 | weights | bfloat16 |
 
 ## Skills and held-out accuracy
-Measured through the Triton server over gRPC, with the sampling defaults of `generation_config.json` and seeds 0, 1, 2, …
+Measured through the Triton server over gRPC, with the sampling defaults of `generation_config.json` and seeds 0, 1, …
 by `python -m dgemma_build.accept`. A held-out prompt is one whose SHA-256 says so (one in {one_in}); none of them was
 ever trained on, and every answer is judged by a program.
 
@@ -43,7 +43,8 @@ ever trained on, and every answer is judged by a program.
 {rows}
 
 ## Training
-`python -m dgemma_build.demo.train --steps {steps} --seed {seed} --output DIR`, then `python -m dgemma_build.demo.export`.
+`python -m dgemma_build.demo.train --steps {steps} --seed {seed} --output DIR`, then
+`python -m dgemma_build.demo.export --training DIR --output CHECKPOINT`.
 Uniform-state diffusion with self-conditioning; see the script for loss, corruption, optimizers and phases. The log,
 [`{log}`]({log}), has {updates} lines; the run was interrupted and resumed, which the log shows, on two CPU cores.
 Last logged step: {last}.

@@ -97,10 +97,12 @@ def transformers_tensors(state: dict[str, Tensor], config: DemoConfig) -> dict[s
         else:
             name = "model.decoder." + name.replace("decoder_scalar", "layer_scalar")
         tensors[name] = tensor
-    hidden, rng = _VISION["hidden_size"], torch.Generator().manual_seed(0)
+    hidden: int = _VISION["hidden_size"]
+    rng = torch.Generator().manual_seed(0)
 
     def matrix(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=rng) * columns**-0.5
+        weight: Tensor = torch.randn(rows, columns, generator=rng) * columns**-0.5
+        return weight
 
     tower = "model.encoder.vision_tower."
     layer = tower + "encoder.layers.0."

@@ -130,7 +130,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         gate, up = self.gate_up_proj.chunk(2, 1)  # [experts, inner, hidden]
         hidden = F.gelu(F.linear(x, gate.flatten(0, 1)), approximate="tanh") * F.linear(x, up.flatten(0, 1))
-        hidden = hidden.unflatten(-1, gate.shape[:2]) * weights.to(hidden.dtype)[..., None]
+        hidden = hidden.view(*hidden.shape[:-1], *gate.shape[:2]) * weights.to(hidden.dtype)[..., None]
         return F.linear(hidden.flatten(-2), self.down_proj.transpose(0, 1).flatten(1))
 
 
@@ -152,9 +152,7 @@ class Layer(nn.Module):
         self.encoder_scalar = nn.Parameter(torch.ones(1))
         self.decoder_scalar = nn.Parameter(torch.ones(1))
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, is_canvas: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, is_canvas: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *rope, mask))
         dense = self.post_feedforward_layernorm_1(self.mlp(self.pre_feedforward_layernorm(x)))
         weights, balance = self.router(x)
@@ -169,8 +167,9 @@ class SelfConditioning(GatedMLP):
         self.pre_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, None)
 
-    def forward(self, embedded: Tensor, soft: Tensor) -> Tensor:
-        return self.post_norm(embedded + super().forward(self.pre_norm(soft)))  # type: ignore[no-any-return]
+    def condition(self, embedded: Tensor, soft: Tensor) -> Tensor:
+        """Embedded canvas with the previous step's soft embedding mixed in; both [B, C, hidden]."""
+        return self.post_norm(embedded + self(self.pre_norm(soft)))  # type: ignore[no-any-return]
 
 
 class Denoiser(nn.Module):
@@ -190,7 +189,8 @@ class Denoiser(nn.Module):
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
         """Expected scaled embedding under softmax(logits): [..., vocab] to [..., hidden]."""
-        return logits.softmax(-1) @ self.embed_tokens.weight * self.config.hidden_size**0.5
+        soft: Tensor = logits.softmax(-1) @ self.embed_tokens.weight * self.config.hidden_size**0.5
+        return soft
 
     def forward(self, context: Tensor, context_length: Tensor, canvas: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
         """Softcapped logits [B, canvas, vocab] (fp32) and the load-balance loss.
@@ -200,7 +200,7 @@ class Denoiser(nn.Module):
         """
         config = self.config
         scale = config.hidden_size**0.5
-        canvas_states = self.self_conditioning(self.embed_tokens(canvas) * scale, soft)
+        canvas_states = self.self_conditioning.condition(self.embed_tokens(canvas) * scale, soft)
         x = torch.cat((self.embed_tokens(context) * scale, canvas_states), 1)
         padded, canvas_length = context.shape[1], canvas.shape[1]
         steps = torch.arange(padded + canvas_length)

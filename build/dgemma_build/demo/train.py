@@ -15,7 +15,7 @@ import math
 import queue
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
@@ -68,7 +68,7 @@ class Plan:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz iterations (Jordan et al., 2024); 3-D weights as stacks of matrices."""
 
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, params: Sequence[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
@@ -93,14 +93,15 @@ def _orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if transpose else x).float()
+    orthogonal: Tensor = (x.mT if transpose else x).float()
+    return orthogonal
 
 
 # ---------------------------------------------------------------- data
 
 
 def canvases(tokenizer: Tokenizer, skill: str, rng: random.Random, canvas_length: int) -> tuple[list[int], list[int]]:
-    """One (context ids, clean canvas ids) pair; of a long answer one canvas is drawn, the ones before it are context."""
+    """One (context ids, clean canvas ids) pair; of a long answer one canvas is drawn, those before it are context."""
     example = draw(skill, rng, held_out=False)
     prompt = tokenizer.encode(render_turn(example.prompt), add_special_tokens=False).ids
     answer = tokenizer.encode(example.answer + TURN_END, add_special_tokens=False).ids
@@ -163,22 +164,21 @@ def batches(tokenizer: Tokenizer, plan: Plan, canvas_length: int, first_step: in
 def loss_of(
     model: Denoiser,
     forward: object,
-    context: Tensor,
-    lengths: Tensor,
-    clean: Tensor,
+    batch: Sequence[Tensor],
     ordered_share: float,
     rng: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy, load-balance loss and accuracy [B] of one batch of clean canvases [B, C]."""
-    batch, width = clean.shape
-    level = torch.rand(batch, 1, generator=rng)
-    cut = torch.rand(batch, 1, generator=rng) * width
+    """Mean cross-entropy, load-balance loss and accuracy [B] of a batch: context, lengths, clean canvases [B, C]."""
+    context, lengths, clean = batch
+    count, width = clean.shape
+    level = torch.rand(count, 1, generator=rng)
+    cut = torch.rand(count, 1, generator=rng) * width
     ramp = torch.where(torch.arange(width) < cut, 0.3 * level, torch.ones(()))
-    level = torch.where(torch.rand(batch, 1, generator=rng) < ordered_share, ramp, level.expand(-1, width))
+    level = torch.where(torch.rand(count, 1, generator=rng) < ordered_share, ramp, level.expand(-1, width))
     noise = torch.randint(model.config.vocab_size, clean.shape, generator=rng)
     noisy = torch.where(torch.rand(clean.shape, generator=rng) < level, noise, clean)
-    soft = torch.zeros(batch, width, model.config.hidden_size)
-    half = batch // 2
+    soft = torch.zeros(count, width, model.config.hidden_size)
+    half = count // 2
     with torch.no_grad():
         logits, _ = forward(context[:half], lengths[:half], noisy[:half], soft[:half])  # type: ignore[operator]
         temperature = 0.4 + 0.6 * torch.rand(half, 1, 1, generator=rng)
@@ -219,7 +219,17 @@ def train(plan: Plan, output: Path, resume: bool, compiled: bool) -> None:
     log = (output / "train_log.jsonl").open("a")
     started = time.monotonic()
     total = sum(p.numel() for p in model.parameters())
-    log.write(json.dumps({"parameters": total, "plan": plan.__dict__, "phases": [p.__dict__ for p in PHASES], "first_step": first_step}) + "\n")
+    log.write(
+        json.dumps(
+            {
+                "parameters": total,
+                "plan": plan.__dict__,
+                "phases": [p.__dict__ for p in PHASES],
+                "first_step": first_step,
+            }
+        )
+        + "\n"
+    )
     for step, data in enumerate(batches(tokenizer, plan, model.config.canvas_length, first_step), first_step):
         rng = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
         for optimizer, peak in zip(optimizers, (plan.muon_lr, plan.adam_lr), strict=True):
@@ -228,7 +238,7 @@ def train(plan: Plan, output: Path, resume: bool, compiled: bool) -> None:
         for name, part in (("short", data[:3]), ("long", data[3:])):
             weight = len(part[0]) / (len(data[0]) + len(data[3]))
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, balance, accuracy = loss_of(model, forward, *part, phase_of(step).ordered_share, rng)
+                loss, balance, accuracy = loss_of(model, forward, part, phase_of(step).ordered_share, rng)
             (weight * (loss + plan.balance_weight * balance)).backward()  # type: ignore[no-untyped-call]
             figures[name] = round(loss.item(), 4)
             figures[f"{name}_accuracy"] = round(accuracy.mean().item(), 4)
