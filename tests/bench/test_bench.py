@@ -17,7 +17,7 @@ from dgemma_build.bench.scenario import Cell, Level, Run, Scenario, Workload, sp
 from dgemma_build.bench.worker import Worker, WorkerFailed, peak_memory_bytes
 
 WORKLOAD = Workload(prompts=((1, 2), (3, 4)), canvases=3, steps=5, canvas_length=10)
-ENVIRONMENT = report.Environment("a machine, 2 cores", "abc", "2026-11-21 12:00", 2, {"torch": "2"})
+ENVIRONMENT = report.Environment("a machine, 2 cores", "abc", "2026-11-21 12:00", 0.1, 2, {"torch": "2"})
 
 
 def cell(contender: str, seconds: list[float], engine_s: float | None = None) -> Cell:

@@ -28,8 +28,12 @@ class Environment:
     device: str
     commit: str
     date: str  # UTC
+    load: float  # of the machine in the minute before: figures of a busy machine are worth little
     threads: int
     versions: dict[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.device} (load {self.load:.1f} before), commit {self.commit}, {self.date}"
 
     @staticmethod
     def here(threads: int) -> Environment:
@@ -37,6 +41,7 @@ class Environment:
             device=f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
             commit=_commit(),
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+            load=os.getloadavg()[0],
             threads=threads,
             versions={name: version(name) for name in ("torch", "transformers", "onnxruntime", "nvidia-pytriton")},
         )
@@ -88,7 +93,7 @@ def ratios(cells: Sequence[Cell]) -> list[Ratio]:
 
 def table(cells: Sequence[Cell], environment: Environment) -> Table:
     """One row per cell."""
-    title = f"{environment.device}, {environment.threads} threads each; commit {environment.commit}, {environment.date}"
+    title = f"{environment}, {environment.threads} threads each"
     result = Table(title=title, title_justify="left")
     for heading in ("model", "at once", "contender"):
         result.add_column(heading)
@@ -159,7 +164,7 @@ def plot(cells: Sequence[Cell], environment: Environment, path: Path) -> None:
         axis.tick_params(axis="y", labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("tokens/s", fontsize=8)
-    figure.suptitle(f"Fixed steps; {environment.device}, commit {environment.commit}, {environment.date}", fontsize=8)
+    figure.suptitle(f"Fixed steps; {environment}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
