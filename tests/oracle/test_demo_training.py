@@ -13,7 +13,7 @@ from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.demo.export import write_checkpoint
 from dgemma_build.demo.model import DemoConfig, Denoiser
 from dgemma_build.demo.tokenizer import TURN_END, TURN_START, build_tokenizer, render_turn
-from dgemma_build.demo.train import Plan, _rate, phase_of, train
+from dgemma_build.demo.train import Phase, Plan, _rate, train
 from dgemma_build.oracle import load_oracle
 
 VOCAB = 1024
@@ -74,13 +74,14 @@ def test_the_learning_rate_warms_up_holds_and_ends_at_zero() -> None:
     assert rates[0] == pytest.approx(1 / plan.warmup)
     assert set(rates[plan.warmup : 600]) == {1.0}
     assert rates[-1] == pytest.approx(1 / 400)
-    assert phase_of(0).ordered_share == 0.0
-    assert phase_of(10**6).ordered_share > 0
+    assert plan.phase(0).ordered_share == 0.0
+    assert plan.phase(10**6).ordered_share > 0
 
 
 def test_training_runs_stops_and_resumes(tmp_path: Path) -> None:
-    train(Plan(steps=1), tmp_path, resume=False, compiled=False)
-    train(Plan(steps=2), tmp_path, resume=True, compiled=False)
+    phases = (Phase(0, 4, 2, 0.0), Phase(1, 2, 2, 1.0))
+    train(Plan(steps=1, phases=phases), tmp_path, resume=False, compiled=False)
+    train(Plan(steps=2, phases=phases), tmp_path, resume=True, compiled=False)
     log = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
     assert [entry["first_step"] for entry in log if "first_step" in entry] == [0, 1]
     assert [entry["step"] for entry in log if "step" in entry] == [0, 1]

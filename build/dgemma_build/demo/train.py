@@ -16,7 +16,7 @@ import queue
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -45,24 +45,22 @@ class Phase:
     ordered_share: float  # of the examples corrupted in order
 
 
-PHASES = (Phase(0, 48, 12, 0.0), Phase(1250, 32, 24, 0.4))
-
-
-def phase_of(step: int) -> Phase:
-    return max((phase for phase in PHASES if phase.from_step <= step), key=lambda phase: phase.from_step)
-
-
 @dataclass(frozen=True)
 class Plan:
-    """What a training run does; with PHASES, every number that shapes the weights."""
+    """What a training run does: every number that shapes the weights."""
 
     steps: int
     seed: int = 0
     vocab_size: int = 1024
+    phases: tuple[Phase, ...] = (Phase(0, 48, 12, 0.0), Phase(1250, 32, 24, 0.4))
     muon_lr: float = 0.02
     adam_lr: float = 0.004
     warmup: int = 100
     balance_weight: float = 0.01
+
+    def phase(self, step: int) -> Phase:
+        """The phase that `step` belongs to."""
+        return max((phase for phase in self.phases if phase.from_step <= step), key=lambda phase: phase.from_step)
 
 
 class Muon(torch.optim.Optimizer):
@@ -126,8 +124,8 @@ def _produce(out: Queue[object], tokenizer_json: str, plan: Plan, canvas_length:
         rng = random.Random(f"{plan.seed}:{step}")
         parts: list[Tensor] = []
         for skills, count, width in (
-            (short, phase_of(step).short_batch, SHORT_CONTEXT),
-            (list(LONG_SKILLS), phase_of(step).long_batch, LONG_CONTEXT),
+            (short, plan.phase(step).short_batch, SHORT_CONTEXT),
+            (list(LONG_SKILLS), plan.phase(step).long_batch, LONG_CONTEXT),
         ):
             weights = [SKILLS[skill].weight for skill in skills]
             pairs: list[tuple[list[int], list[int]]] = []
@@ -196,69 +194,78 @@ def _rate(step: int, plan: Plan) -> float:
     return 1.0 if step < decay_from else max(0.0, (plan.steps - step) / (plan.steps - decay_from))
 
 
-def train(plan: Plan, output: Path, resume: bool, compiled: bool) -> None:
-    """Run the plan, write `training.pt`, `tokenizer.json` and `train_log.jsonl` to `output`."""
-    torch.manual_seed(plan.seed)
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer(plan.vocab_size, plan.seed)
-    model = Denoiser(DemoConfig(vocab_size=tokenizer.get_vocab_size()))
-    hidden = [p for p in model.parameters() if p.ndim >= 2 and p is not model.embed_tokens.weight]
-    others = [p for p in model.parameters() if not any(p is q for q in hidden)]
-    optimizers = [
-        Muon(hidden, plan.muon_lr),
-        torch.optim.AdamW(others, plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    first_step, state_file = 0, output / "training.pt"
-    if resume and state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first_step = state["step"]
-    forward = torch.compile(model, dynamic=False) if compiled else model
-    log = (output / "train_log.jsonl").open("a")
-    started = time.monotonic()
-    total = sum(p.numel() for p in model.parameters())
-    log.write(
-        json.dumps(
-            {
-                "parameters": total,
-                "plan": plan.__dict__,
-                "phases": [p.__dict__ for p in PHASES],
-                "first_step": first_step,
-            }
-        )
-        + "\n"
-    )
-    for step, data in enumerate(batches(tokenizer, plan, model.config.canvas_length, first_step), first_step):
-        rng = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
-        for optimizer, peak in zip(optimizers, (plan.muon_lr, plan.adam_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = peak * _rate(step, plan)
-        figures = {}
+class _Run:
+    """Model, optimizers and their state on disk."""
+
+    def __init__(self, plan: Plan, state_file: Path, resume: bool) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self._state_file = plan, state_file
+        self.tokenizer = build_tokenizer(plan.vocab_size, plan.seed)
+        self.model = Denoiser(DemoConfig(vocab_size=self.tokenizer.get_vocab_size()))
+        hidden = [p for p in self.model.parameters() if p.ndim >= 2 and p is not self.model.embed_tokens.weight]
+        self._others = [p for p in self.model.parameters() if not any(p is q for q in hidden)]
+        self._optimizers = [
+            Muon(hidden, plan.muon_lr),
+            torch.optim.AdamW(self._others, plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        self.first_step = 0
+        if resume and state_file.exists():
+            state = torch.load(state_file, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.first_step = state["step"]
+
+    def update(self, step: int, data: list[Tensor], forward: object) -> dict[str, float]:
+        """One step on a short and a long batch; the figures for the log."""
+        rng = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
+        for optimizer, peak in zip(self._optimizers, (self.plan.muon_lr, self.plan.adam_lr), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * _rate(step, self.plan)
+        figures: dict[str, float] = {}
         for name, part in (("short", data[:3]), ("long", data[3:])):
             weight = len(part[0]) / (len(data[0]) + len(data[3]))
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, balance, accuracy = loss_of(model, forward, part, phase_of(step).ordered_share, rng)
-            (weight * (loss + plan.balance_weight * balance)).backward()  # type: ignore[no-untyped-call]
+                loss, balance, accuracy = loss_of(self.model, forward, part, self.plan.phase(step).ordered_share, rng)
+            (weight * (loss + self.plan.balance_weight * balance)).backward()  # type: ignore[no-untyped-call]
             figures[name] = round(loss.item(), 4)
             figures[f"{name}_accuracy"] = round(accuracy.mean().item(), 4)
             figures[f"{name}_balance"] = round(balance.item(), 3)
-        norm = torch.nn.utils.clip_grad_norm_(others, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self._others, 1.0)
         if not math.isfinite(norm.item()):
             raise RuntimeError(f"step {step}: the gradient norm is {norm.item()}")
-        for optimizer in optimizers:
+        for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0 or step + 1 == plan.steps:
-            line = {"step": step, **figures, "seconds": round(time.monotonic() - started, 1)}
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            print(line, flush=True)
-        if (step + 1) % 250 == 0 or step + 1 == plan.steps:
-            saved = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
-            torch.save(saved, state_file.with_suffix(".tmp"))
-            state_file.with_suffix(".tmp").replace(state_file)
-    tokenizer.save(str(output / "tokenizer.json"))
+        return figures
+
+    def save(self, step: int) -> None:
+        """What `resume` reads, after `step` steps."""
+        optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
+        temporary = self._state_file.with_suffix(".tmp")
+        torch.save({"model": self.model.state_dict(), "optimizers": optimizers, "step": step}, temporary)
+        temporary.replace(self._state_file)
+
+
+def train(plan: Plan, output: Path, resume: bool, compiled: bool) -> None:
+    """Run the plan; writes `training.pt` and `train_log.jsonl` to `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    run = _Run(plan, output / "training.pt", resume)
+    forward = torch.compile(run.model, dynamic=False) if compiled else run.model
+    started = time.monotonic()
+    parameters = sum(p.numel() for p in run.model.parameters())
+    head = {"parameters": parameters, "plan": asdict(plan), "first_step": run.first_step}
+    steps = batches(run.tokenizer, plan, run.model.config.canvas_length, run.first_step)
+    with (output / "train_log.jsonl").open("a") as log:
+        log.write(json.dumps(head) + "\n")
+        for step, data in enumerate(steps, run.first_step):
+            figures = run.update(step, data, forward)
+            if step % 20 == 0 or step + 1 == plan.steps:
+                line = {"step": step, **figures, "seconds": round(time.monotonic() - started, 1)}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                print(line, flush=True)
+            if (step + 1) % 250 == 0 or step + 1 == plan.steps:
+                run.save(step + 1)
 
 
 def main() -> None:
