@@ -93,7 +93,7 @@ class LiveCanvas:
         self._title = "canvas 1, step 0"
         self._height = 3
         self._tail = ""  # final text after the last line break, not written yet
-        self._tokens = 0
+        self._steps = self._tokens = 0
         self._started = time.monotonic()
         self._refreshed = 0.0
 
@@ -112,6 +112,7 @@ class LiveCanvas:
         """Take one event in."""
         if isinstance(event, Preview):
             self._spans = self._history.update(event.text)
+            self._steps += 1
             self._title = f"canvas {event.canvas_index + 1}, step {event.step}"
             now = time.monotonic()
             shown = now - self._refreshed >= _FRAME_S
@@ -139,5 +140,5 @@ class LiveCanvas:
         self._height = max(self._height, 2 + len(body.wrap(self._live.console, width)))
         panel = canvas_panel(self._spans, self._title, min(self._height, self._live.console.height - 3))
         seconds = time.monotonic() - self._started
-        status = Text(f"{self._tokens} tokens, {self._tokens / seconds:.0f} tokens/s", "dim")
+        status = Text(f"{self._steps} steps, {self._tokens} tokens, {self._tokens / seconds:.0f} tokens/s", "dim")
         return Group(Text(printable(self._tail)), panel, status)

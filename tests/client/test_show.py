@@ -67,7 +67,7 @@ async def test_right_answers_are_exit_code_0_with_a_line_per_step() -> None:
     assert lines.count("right") == len(SKILLS)
     assert "\x1b" not in text
     for skill in SKILLS:
-        assert any(re.match(rf" +{skill} +right +\d", line) for line in lines)
+        assert any(re.match(rf" *{skill} +right +\d", line) for line in lines)
 
 
 @pytest.mark.asyncio

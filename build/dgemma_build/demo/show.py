@@ -117,9 +117,14 @@ def _print_step(console: Console, event: Event, before: Sequence[Event]) -> None
 def summary(outcomes: Sequence[Outcome]) -> Table:
     """One row per skill."""
     table = Table(
-        "skill", "answer", title="Held-out prompts, answered over gRPC", title_justify="left", box=SIMPLE_HEAD
+        "skill",
+        "answer",
+        title="Held-out prompts, answered over gRPC",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for heading in ("tokens", "canvases", "steps", "tokens/step", "first ms", "total ms"):
+    for heading in ("tokens", "canvases", "steps", "tokens/step", "first, ms", "all, ms"):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
         figures = outcome.statistics
