@@ -124,7 +124,7 @@ def summary(outcomes: Sequence[Outcome]) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    for heading in ("tokens", "canvases", "steps", "tokens/step", "first, ms", "all, ms"):
+    for heading in ("tokens", "canvases", "steps", "tok/step", "first, ms", "all, ms"):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
         figures = outcome.statistics
