@@ -144,8 +144,9 @@ class _Foreground:
 
     def _ended(self, status: int) -> int:
         if self._stops:
-            _say("stopped" if status == 0 else f"stopped with status {status}")
-            return 0 if status == 0 or self._stops > 1 else 1
+            expected = status == 0 or self._stops > 1 or status == -signal.SIGTERM  # the last: Triton while it loads
+            _say("stopped" if expected else f"stopped with status {status}")
+            return 0 if expected else 1
         _say(f"error: the server ended by itself with status {status}")
         return 1
 

@@ -123,8 +123,11 @@ class RunningServer:
             self._process.wait(self._options.exit_timeout_s + _KILL_AFTER_S)
         except subprocess.TimeoutExpired:
             self.kill()
+        status = self._process.wait()
+        if status != 0:
+            self.kill()  # the model's process, which a server that did not end by itself leaves behind
         self.clean_up()
-        return self._process.wait()
+        return status
 
     def clean_up(self) -> None:
         """After the end: remove the run directory and shared memory of a server that could not do it itself."""

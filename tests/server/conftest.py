@@ -8,7 +8,7 @@ import json
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ from dgemma_runtime.testing import EOS, tiny_codec, tiny_tokenizer
 MODEL = "diffusion_gemma"
 CANVAS = 16  # tokens; each character of the script's texts is one token
 LONG_ANSWER = "one canvas here, and another one; then the end"  # three canvases
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}{{ m.content }}"
-)
-TEMPLATE += "{% endfor %}"
+TEMPLATE = """{% for message in messages %}
+{%- if message.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}{{ message.content }}
+{%- endfor %}"""
 _DATATYPES = {spec.name: spec.datatype for spec in INPUTS}
 
 
@@ -49,8 +48,8 @@ def write_engine(directory: Path, **changes: Any) -> Path:
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     answers = [(encode("short"), _answer("a reply")), (encode("long"), _answer(LONG_ANSWER))]
     forever = (encode("forever"), encode("and so on "))
-    script = ScriptFile(_answer("?"), [*answers, forever], encode("fail"), **{"delay_s": 0.004} | changes)
-    write_scripted(directory, script, tiny_tokenizer().get_vocab_size(), canvas_length=CANVAS)
+    script = ScriptFile(_answer("?"), [*answers, forever], encode("fail"), delay_s=0.004)
+    write_scripted(directory, replace(script, **changes), tiny_tokenizer().get_vocab_size(), canvas_length=CANVAS)
     return directory
 
 
@@ -111,12 +110,14 @@ class Answer:
 class Stream:
     """One request on a gRPC stream of its own."""
 
-    def __init__(self, url: str, timeout_s: float | None) -> None:
+    def __init__(self, url: str, timeout_s: float | None, headers: Mapping[str, str] | None) -> None:
         self.client = triton.InferenceServerClient(url)
         self._received: queue.Queue[tuple[float, Any, Any]] = queue.Queue()
         self.started = time.monotonic()
         self.client.start_stream(
-            lambda result, error: self._received.put((time.monotonic(), result, error)), stream_timeout=timeout_s
+            lambda result, error: self._received.put((time.monotonic(), result, error)),
+            stream_timeout=timeout_s,
+            headers=headers,
         )
         self.answer = Answer()
         self.ended = False
@@ -166,9 +167,10 @@ class Caller:
         request_id: str = "",
         parameters: Mapping[str, Any] | None = None,
         outputs: list[str] | None = None,
+        headers: Mapping[str, str] | None = None,
         **inputs: Any,
     ) -> Iterator[Stream]:
-        stream = Stream(self.server.grpc_url, timeout_s)
+        stream = Stream(self.server.grpc_url, timeout_s, headers)
         try:
             stream.client.async_stream_infer(
                 MODEL,

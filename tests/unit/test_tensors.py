@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
+from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2
 
 from dgemma_runtime.errors import InvalidRequest
@@ -80,7 +80,8 @@ def test_every_parameter_tensor_is_known_to_the_parameters() -> None:
 @pytest.mark.parametrize("spec", [s for s in INPUTS if not s.many and s.group == "diffusion"], ids=lambda s: s.name)
 def test_scalars_come_in_one_or_two_dimensions(spec: TensorSpec, shape: tuple[int, ...]) -> None:
     value = {"drafter": b"off", "t_min": 0.2, "t_max": 0.9}.get(spec.name, 1)
-    parsed = parse(**{spec.name: np.array([value], NUMPY_TYPES[spec.datatype]).reshape(shape)})
+    given: dict[str, Any] = {spec.name: np.array([value], NUMPY_TYPES[spec.datatype]).reshape(shape)}
+    parsed = parse(**given)
     if spec.name != "drafter":
         found = getattr(parsed.parameters, spec.name)
         assert found == value
@@ -107,7 +108,8 @@ def test_lists_come_in_one_or_two_dimensions(shape: tuple[int, ...]) -> None:
 def test_a_number_means_the_same_as_tensor_and_as_json() -> None:
     for name, value in (("entropy_bound", 0.1), ("confidence_threshold", 0.005), ("temperature", 0.7)):
         as_json = parse(sampling_parameters=json.dumps({name: value}).encode())
-        assert parse(**{name: value}).parameters == as_json.parameters
+        given: dict[str, Any] = {name: value}
+        assert parse(**given).parameters == as_json.parameters
 
 
 def test_another_type_is_refused() -> None:
@@ -210,7 +212,7 @@ class TestJsonParameters:
 
     @pytest.mark.parametrize("text", ['{"temperature": NaN}', '{"temperature": -1}', '{"seed": 1e999}'])
     def test_values_are_checked(self, source: str, text: str) -> None:
-        with pytest.raises(InvalidRequest, match="(temperature|seed): must be"):
+        with pytest.raises(InvalidRequest, match=r"(temperature|seed): must be"):
             self.parse(source, text)
 
     def test_output_options_too(self, source: str) -> None:
@@ -254,6 +256,6 @@ def test_output_options_leave_outputs_out() -> None:
 
 def test_echoing_needs_the_prompt_s_text() -> None:
     assert not parse(exclude_input_in_output=False).options.exclude_input_in_output
+    tensors = arrays({"input_ids": 5, "exclude_input_in_output": False})
     with pytest.raises(InvalidRequest, match="exclude_input_in_output: false needs the prompt as text_input"):
-        tensors = arrays({"input_ids": 5, "exclude_input_in_output": False})
         parse_request(tensors, "", DEFAULTS)
