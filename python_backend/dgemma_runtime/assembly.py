@@ -66,12 +66,13 @@ class Application:
     def prepare(self, tensors: Arrays, request_parameters: str, request_id: str) -> PreparedRequest:
         """From what Triton hands over; raises InvalidRequest."""
         parsed = parse_request(tensors, request_parameters, self.service.defaults)
-        prompt = self._render(parsed.prompt) if isinstance(parsed.prompt, Chat) else parsed.prompt
+        given = parsed.prompt
+        prompt, is_chat = (self._render(given), True) if isinstance(given, Chat) else (given, False)
+        request = GenerationRequest(prompt, parsed.parameters, request_id, is_chat)
         echoed_text, echoed_ids = "", np.empty(0, np.int32)
         if not parsed.options.exclude_input_in_output:
             assert isinstance(prompt, str)
-            echoed_text, echoed_ids = prompt, self.service.codec.encode(prompt)
-        request = GenerationRequest(prompt, parsed.parameters, request_id)
+            echoed_text, echoed_ids = prompt, self.service.codec.encode(prompt, request.prompt_field)
         return PreparedRequest(request, parsed.options, echoed_text, echoed_ids)
 
     def warm_up(self) -> None:

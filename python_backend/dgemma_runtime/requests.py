@@ -24,6 +24,14 @@ class GenerationRequest:
     prompt: str | Int32Array
     parameters: GenerationParameters
     request_id: str = ""  # "": the service makes one
+    is_chat: bool = False  # the prompt was rendered from `messages`
+
+    @property
+    def prompt_field(self) -> str:
+        """The input that errors about the prompt name."""
+        if self.is_chat:
+            return "messages"
+        return "text_input" if isinstance(self.prompt, str) else "input_ids"
 
 
 @dataclass

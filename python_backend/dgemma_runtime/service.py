@@ -131,12 +131,11 @@ class Service:
     def _accept(self, request: GenerationRequest, sink: Sink, is_cancelled: Callable[[], bool]) -> LiveRequest:
         submitted = time.monotonic_ns()
         parameters = request.parameters
-        prompt_ids = self._prompt_ids(request.prompt)
+        prompt_ids = self._prompt_ids(request)
         for end_id in parameters.end_ids:
             if end_id >= self._model.vocab_size:
                 raise InvalidRequest("end_id", f"must be from 0 to {self._model.vocab_size - 1}, got {end_id}")
-        field = "text_input" if isinstance(request.prompt, str) else "input_ids"
-        max_tokens = self._max_tokens(field, len(prompt_ids), parameters.max_tokens)
+        max_tokens = self._max_tokens(request.prompt_field, len(prompt_ids), parameters.max_tokens)
         return LiveRequest(
             request_id=request.request_id or uuid.uuid4().hex,
             prompt_ids=prompt_ids,
@@ -149,19 +148,20 @@ class Service:
             timeline=Timeline(submitted),
         )
 
-    def _prompt_ids(self, prompt: str | Int32Array) -> Int32Array:
+    def _prompt_ids(self, request: GenerationRequest) -> Int32Array:
+        prompt, field = request.prompt, request.prompt_field
         if isinstance(prompt, str):
             if not prompt:
-                raise InvalidRequest("text_input", "is empty; send at least one character")
-            return self.codec.encode(prompt)
+                raise InvalidRequest(field, "is empty; send at least one character")
+            return self.codec.encode(prompt, field)
         if prompt.size == 0:
-            raise InvalidRequest("input_ids", "is empty; send at least one token id")
+            raise InvalidRequest(field, "is empty; send at least one token id")
         if not np.issubdtype(prompt.dtype, np.integer):
-            raise InvalidRequest("input_ids", f"must be integers, got {prompt.dtype}")
+            raise InvalidRequest(field, f"must be integers, got {prompt.dtype}")
         outside = prompt[(prompt < 0) | (prompt >= self._model.vocab_size)]
         if outside.size:
             last = self._model.vocab_size - 1
-            raise InvalidRequest("input_ids", f"token ids must be from 0 to {last}, got {outside.flat[0]}")
+            raise InvalidRequest(field, f"token ids must be from 0 to {last}, got {outside.flat[0]}")
         return as_token_ids(prompt)
 
     def _max_tokens(self, field: str, prompt_tokens: int, asked: int | None) -> int:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tests.server.conftest import Answer, Caller
 
 CHAT = json.dumps([{"role": "user", "content": "short"}])
+LONG_CHAT = json.dumps([{"role": "user", "content": "a" * 5000}])
+SURROGATE_CHAT = json.dumps([{"role": "user", "content": "\ud800"}])
 LONG_ANSWER = "one canvas here, and another one; then the end"
 
 
@@ -169,6 +171,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": "{"}, "messages: is not valid JSON"),
     ({"messages": "[]"}, "messages: is empty"),
     ({"messages": '[{"content": "a"}]'}, "messages: "),
+    ({"messages": LONG_CHAT}, "messages: this model's maximum context length is 4096 tokens, the prompt has 50"),
+    ({"messages": SURROGATE_CHAT}, "messages: is not valid Unicode"),
+    ({"messages": SURROGATE_CHAT, "exclude_input_in_output": False}, "messages: is not valid Unicode"),
     ({"messages": '[{"role": "robot", "content": "a"}]'}, "messages: the chat template refused them .*no robots"),
     ({"text_input": "a", "max_tokens": 0}, "max_tokens: must be an integer from 1 to"),
     ({"text_input": "a", "max_tokens": -5}, "max_tokens: must be an integer from 1 to .* got -5"),
