@@ -9,6 +9,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 BIN := .venv/bin
 ENGINE := artifacts/engines/demo
+RTX_ENGINE := artifacts/engines/demo-tensorrt_rtx
 CHECKPOINT := build/checkpoints/demo
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 UV := uv==0.13.9
@@ -43,8 +44,8 @@ demo: .venv/.demo-installed $(ENGINE)/config.json ## Start a Triton server, send
 serve: .venv/.demo-installed $(ENGINE)/config.json ## Keep the demo server in the foreground
 	@exec $(BIN)/dgemma-server run --engine $(ENGINE) $(SERVE_ARGS)
 
-engines: $(ENGINE)/config.json ## Build the engines that this machine can build
-	@echo "$(ENGINE) is up to date"
+engines: $(ENGINE)/config.json $(RTX_ENGINE)/config.json ## Build every engine that needs no GPU to build
+	@echo "Up to date: $(^D)"
 
 test: .venv/.test-installed $(ENGINE)/config.json ## Run every test
 	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
@@ -95,6 +96,11 @@ artifacts/lock/bin/uv:
 
 ENGINE_SOURCES := $(wildcard $(CHECKPOINT)/* build/dgemma_build/*.py) python_backend/dgemma_runtime/contract.py demo.lock
 $(ENGINE)/config.json: $(ENGINE_SOURCES) | .venv/.demo-installed
-	@echo "Building $(ENGINE)"
-	@$(BIN)/dgemma-build engine --checkpoint $(CHECKPOINT) --backend onnxruntime --precision fp32 --output $(ENGINE)
+	@echo "Building $(@D)"
+	@$(BIN)/dgemma-build engine --checkpoint $(CHECKPOINT) --backend onnxruntime --precision fp32 --output $(@D)
+	@touch $@
+
+$(RTX_ENGINE)/config.json: $(ENGINE_SOURCES) test.lock | .venv/.test-installed
+	@echo "Building $(@D)"
+	@$(BIN)/dgemma-build engine --checkpoint $(CHECKPOINT) --backend tensorrt_rtx --precision bf16 --output $(@D)
 	@touch $@

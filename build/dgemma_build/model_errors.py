@@ -11,13 +11,30 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import LinearTemperatureScheduleLogitsProcessor
 
-from dgemma_build.oracle import Model
+from dgemma_build.oracle import GenerationTrace, Model, NoiseFactory, trace_generation
 
 ModelError = Callable[[Model], AbstractContextManager[None]]
+
+
+def revealing_run(model: Model, noise: NoiseFactory) -> GenerationTrace:
+    """What the gate is given to notice errors by: a context longer than the window, a canvas, its commit, another."""
+    text = model.config.text_config
+    prompt = np.random.default_rng(5).integers(0, text.vocab_size, text.sliding_window + 9)
+    return trace_generation(
+        model,
+        prompt.tolist(),
+        5,
+        noise,
+        max_new_tokens=2 * model.config.canvas_length,
+        max_denoising_steps=3,
+        stability_threshold=None,
+        eos_token_id=None,
+    )
 
 
 def _text_stacks(model: Model) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length"]
 class Statistics:
     """Figures of one request: counted by the server, the first two times seen by this client, the others by the server.
 
-    `engine_ms` is spent in engine calls since the request was admitted, whichever requests they served.
+    `engine_ms`, of `total_ms`, is spent in engine calls, whichever requests they served.
     """
 
     num_input_tokens: int

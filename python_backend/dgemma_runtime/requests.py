@@ -39,10 +39,10 @@ class Timeline:
     """Moments of one request, in nanoseconds of a monotonic clock; 0 where it has not come yet."""
 
     submitted: int
+    engine_at_submission: int  # the service's engine time then
     admitted: int = 0
     prefilled: int = 0
     first_commit: int = 0
-    engine_at_admission: int = 0  # the service's engine time then
 
 
 @dataclass(eq=False)
@@ -105,7 +105,7 @@ class LiveRequest:
             prefill_ms=_ms((line.prefilled or now) - admitted),
             time_to_first_canvas_ms=_ms(line.first_commit - line.submitted) if line.first_commit else None,
             total_ms=_ms(now - line.submitted),
-            engine_ms=_ms(engine_ns - line.engine_at_admission) if line.admitted else 0.0,
+            engine_ms=_ms(engine_ns - line.engine_at_submission),
         )
 
 

@@ -21,7 +21,7 @@ from dgemma_runtime.parameters import GenerationParameters
 from dgemma_runtime.requests import GenerationRequest, LiveRequest, Timeline, as_token_ids
 from dgemma_runtime.scheduler import Plan, Scheduler
 from dgemma_runtime.settings import RuntimeSettings
-from dgemma_runtime.statistics import ServiceStatistics
+from dgemma_runtime.statistics import Stopwatch, ServiceStatistics
 
 __all__ = ["Commit", "Event", "Finished", "GenerationRequest", "Preview", "Service", "Sink"]
 
@@ -53,7 +53,7 @@ class Service:
         self._draining = self._aborting = False
         self._thread: threading.Thread | None = None
         self._ticks = self._canvas_steps = self._encoded_tokens = 0
-        self._engine_ns = self._busy_ns = 0
+        self._engine_time, self._busy_time = Stopwatch(), Stopwatch()
 
     # ------------------------------------------------------------ any thread
 
@@ -107,13 +107,15 @@ class Service:
 
     def statistics(self) -> ServiceStatistics:
         """Counters since the start; a snapshot."""
+        engine_ns = self._engine_time.read_ns()  # before the time it is a part of
+        host_ns = self._busy_time.read_ns() - engine_ns
         with self._changed:
             return ServiceStatistics(
                 ticks=self._ticks,
                 canvas_steps=self._canvas_steps,
                 encoded_tokens=self._encoded_tokens,
-                engine_ms=self._engine_ns / 1e6,
-                host_ms=(self._busy_ns - self._engine_ns) / 1e6,
+                engine_ms=engine_ns / 1e6,
+                host_ms=host_ns / 1e6,
                 requests_waiting=self._scheduler.waiting,
                 requests_running=self._scheduler.running,
                 full_pages_used=self._scheduler.full_pages.used,
@@ -129,7 +131,7 @@ class Service:
             raise EngineError("the service was not started")
 
     def _accept(self, request: GenerationRequest, sink: Sink, is_cancelled: Callable[[], bool]) -> LiveRequest:
-        submitted = time.monotonic_ns()
+        timeline = Timeline(time.monotonic_ns(), self._engine_time.read_ns())
         parameters = request.parameters
         prompt_ids = self._prompt_ids(request)
         for end_id in parameters.end_ids:
@@ -145,7 +147,7 @@ class Service:
             output=OutputText(self.codec, max_tokens, parameters.end_ids, parameters.stop),
             sink=sink,
             is_cancelled=is_cancelled,
-            timeline=Timeline(submitted),
+            timeline=timeline,
         )
 
     def _prompt_ids(self, request: GenerationRequest) -> Int32Array:
@@ -185,12 +187,11 @@ class Service:
     def _main(self) -> None:
         try:
             while self._wait_for_work():
-                started = time.perf_counter_ns()
-                self._drop_cancelled()
-                plan = self._schedule()
-                result = self._execute(plan)
-                self._postprocess(plan, result)
-                self._busy_ns += time.perf_counter_ns() - started
+                with self._busy_time.running():
+                    self._drop_cancelled()
+                    plan = self._schedule()
+                    result = self._execute(plan)
+                    self._postprocess(plan, result)
             for request in self._scheduler.live():  # nothing is added any more
                 self._finish(request, "error", _SHUTDOWN)
         except BaseException as error:  # noqa: BLE001 - whatever ends this thread, nobody may wait for it for ever
@@ -222,7 +223,6 @@ class Service:
             plan = self._scheduler.plan()
         for request in plan.admitted:
             request.timeline.admitted = time.monotonic_ns()
-            request.timeline.engine_at_admission = self._engine_ns
         self._ticks += 1
         return plan
 
@@ -235,9 +235,8 @@ class Service:
                 assert request.pages is not None
                 rows.append(EncodeRow(request.uncached[: chunk.tokens], request.cached_tokens, request.pages.view))
                 self._encoded_tokens += chunk.tokens
-            started = time.perf_counter_ns()
-            self._engine.encode(rows)
-            self._engine_ns += time.perf_counter_ns() - started
+            with self._engine_time.running():
+                self._engine.encode(rows)
             with self._changed:  # gives pages back
                 for chunk in plan.encode:
                     chunk.request.encoded(chunk.tokens)
@@ -248,9 +247,8 @@ class Service:
             canvas = request.canvas or self._start_canvas(request)
             assert request.pages is not None
             denoise_rows.append(canvas.row(request.slot, request.cached_tokens, request.pages.view))
-        started = time.perf_counter_ns()
-        result = self._engine.denoise(denoise_rows)
-        self._engine_ns += time.perf_counter_ns() - started
+        with self._engine_time.running():
+            result = self._engine.denoise(denoise_rows)
         self._canvas_steps += len(denoise_rows)
         assert result.argmax_ids.shape == (len(denoise_rows), self._model.canvas_length)
         return result
@@ -313,7 +311,7 @@ class Service:
         if not failed and request.canvas is not None:
             self._engine.release(request.slot)
         output = request.output
-        statistics = request.statistics(time.monotonic_ns(), self._engine_ns)
+        statistics = request.statistics(time.monotonic_ns(), self._engine_time.read_ns())
         try:
             request.sink(Finished(reason, output.text, output.token_ids, statistics, error))
         except Exception:  # noqa: BLE001 - a transport's fault must not end the loop

@@ -1,8 +1,33 @@
-"""What is counted and timed, per request and for the whole service. Knows no clock and no transport."""
+"""What is counted and timed, per request and for the whole service. Knows no transport."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+
+class Stopwatch:
+    """Adds up the time of one kind of work. One thread runs it, any may read, also while it is running."""
+
+    def __init__(self) -> None:
+        self._state = (0, 0)  # nanoseconds of what has ended; when the present run began, 0 for none
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around one piece of the work."""
+        total, started = self._state[0], time.perf_counter_ns()
+        self._state = (total, started)
+        try:
+            yield
+        finally:
+            self._state = (total + time.perf_counter_ns() - started, 0)
+
+    def read_ns(self) -> int:
+        """Nanoseconds, all together."""
+        total, started = self._state
+        return total + (time.perf_counter_ns() - started if started else 0)
 
 
 @dataclass(frozen=True)
@@ -18,7 +43,7 @@ class RequestStatistics:
     prefill_ms: float  # admitted -> the whole prompt is in the cache
     time_to_first_canvas_ms: float | None  # submitted -> first commit; None where there was none
     total_ms: float  # submitted -> end
-    engine_ms: float  # of the time since admission, spent inside engine calls, whichever rows they served
+    engine_ms: float  # of total_ms, spent inside engine calls, whichever rows they served
 
 
 @dataclass(frozen=True)

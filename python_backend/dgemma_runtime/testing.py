@@ -9,10 +9,11 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dgemma_runtime.codec import Codec
-from dgemma_runtime.contract import Engine, Int32Array
+from dgemma_runtime.contract import DenoiseResult, DenoiseRow, Engine, Int32Array
 from dgemma_runtime.engines.scripted import ScriptedEngine, answer_script, scripted_manifest
 from dgemma_runtime.events import Commit, Event, Finished, Preview
-from dgemma_runtime.parameters import default_parameters
+from dgemma_runtime.parameters import default_parameters, parse_parameters
+from dgemma_runtime.requests import GenerationRequest
 from dgemma_runtime.service import Service
 from dgemma_runtime.settings import RuntimeSettings, plan_limits
 
@@ -65,6 +66,11 @@ class Recorder:
                 raise TimeoutError(f"no {kind.__name__} within {timeout_s:g} s, only {self.events}")
 
     @property
+    def kinds(self) -> list[str]:
+        """The events' class names."""
+        return [type(event).__name__ for event in self.events]
+
+    @property
     def commits(self) -> list[Commit]:
         return [event for event in self.events if isinstance(event, Commit)]
 
@@ -104,6 +110,34 @@ def start_service(engine: Engine, settings: RuntimeSettings | None = None) -> Se
     service = Service(engine, tiny_codec(), settings or small_settings(), defaults)
     service.start()
     return service
+
+
+def submit(service: Service, prompt: str, *, sink: Recorder | None = None, **values: object) -> Recorder:
+    """Ask a service; `values` are request parameters."""
+    recorder = sink or Recorder()
+    service.submit(GenerationRequest(prompt, parse_parameters(values, service.defaults)), recorder)
+    return recorder
+
+
+class Gate(ScriptedEngine):
+    """Waits for `permits` before each denoising call, so that a test can act between two."""
+
+    permits: threading.Semaphore
+    entered: threading.Semaphore
+
+    def denoise(self, rows: list[DenoiseRow]) -> DenoiseResult:  # type: ignore[override]
+        self.entered.release()
+        assert self.permits.acquire(timeout=20)
+        return super().denoise(rows)
+
+
+def gated(answers: dict[str, str], **options: int) -> Gate:
+    """As `scripted_engine`, with no permit yet."""
+    engine = scripted_engine(answers, **options)  # type: ignore[arg-type]
+    engine.__class__ = Gate
+    assert isinstance(engine, Gate)
+    engine.permits, engine.entered = threading.Semaphore(0), threading.Semaphore(0)
+    return engine
 
 
 def _answer_ids(codec: Codec, answer: str | Int32Array) -> Int32Array:

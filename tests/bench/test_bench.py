@@ -20,19 +20,19 @@ WORKLOAD = Workload(prompts=((1, 2), (3, 4)), canvases=3, steps=5, canvas_length
 ENVIRONMENT = report.Environment("a machine, 2 cores", "abc", "2026-11-21 12:00", 0.1, 2, {"torch": "2"})
 
 
-def cell(contender: str, seconds: list[float], engine_s: float | None = None) -> Cell:
-    runs = [Run(value, value / 2, engine_s) for value in seconds]
+def cell(contender: str, seconds: list[float], outside: float | None = None) -> Cell:
+    runs = [Run(value, value / 2, outside) for value in seconds]
     return Cell.of("demo", contender, "batch", WORKLOAD, runs, 50_000_000)
 
 
 def test_a_cell_holds_medians() -> None:
-    made = cell(report.SERVER, [2.0, 1.0, 4.0], engine_s=0.9)
+    made = cell(report.SERVER, [2.0, 1.0, 4.0], outside=0.25)
 
     assert made.tokens_per_second == pytest.approx(2 * 3 * 10 / 2.0)
     assert made.step_ms == pytest.approx(1000 * 2.0 / 15)
     assert made.first_canvas_ms == pytest.approx(1000.0)
     assert made.peak_memory_mb == 50
-    assert made.outside_engine == pytest.approx(1 - 0.9 / 2)
+    assert made.outside_engine == 0.25
 
 
 def test_a_speedup_compares_round_with_round() -> None:
@@ -41,8 +41,6 @@ def test_a_speedup_compares_round_with_round() -> None:
     assert speedup(ours, theirs) == (8.0, 6.0, 9.0)
 
 
-# An onnxruntime session that an earlier test made in this thread leaves denormals off; numpy says so when first asked.
-@pytest.mark.filterwarnings("ignore:The value of the smallest subnormal:UserWarning")
 def test_report_of_a_run(tmp_path: Path) -> None:
     cells = [cell(name, [4.0]) for name in report.BASELINES]
     cells += [cell(report.ENGINE, [1.0], 0.75), cell(report.SERVER, [2.0], 1.5)]
@@ -88,7 +86,7 @@ def test_the_faster_schedule_is_taken_after_a_warm_up() -> None:
             self.seen: list[str] = []
 
         def run(self, workload: Workload, schedule: str) -> Run:
-            warm = self.seen.count(schedule) >= 2
+            warm = self.seen.count(schedule) >= 1
             self.seen.append(schedule)
             return Run({"one by one": 2.0, "batch": 1.0 if warm else 100.0}[schedule], 0.0)
 

@@ -14,8 +14,8 @@ import pytest
 
 from dgemma_build.engine_probe import OnnxRuntimeProbe
 from dgemma_build.gate import check_generation
-from dgemma_build.model_errors import MODEL_ERRORS
-from dgemma_build.oracle import GenerationTrace, Model, trace_generation
+from dgemma_build.model_errors import MODEL_ERRORS, revealing_run
+from dgemma_build.oracle import Model
 from dgemma_build.oracle_probe import OracleProbe
 from dgemma_runtime.noise import CanvasNoise
 
@@ -26,44 +26,28 @@ STRUCTURAL = tuple(
 )
 
 
-def trace(model: Model) -> GenerationTrace:
-    """A canvas behind a context longer than the window, and a second one behind its commit."""
-    text = model.config.text_config
-    prompt = np.random.default_rng(5).integers(0, text.vocab_size, text.sliding_window + 9)
-    return trace_generation(
-        model,
-        prompt.tolist(),
-        5,
-        CanvasNoise,
-        max_new_tokens=2 * model.config.canvas_length,
-        max_denoising_steps=3,
-        stability_threshold=None,
-        eos_token_id=None,
-    )
-
-
 @pytest.mark.parametrize("name", ["demo", "odd_a", "odd_b"])
 def test_every_error_is_caught(
     name: str, oracle: Callable[[str], Model], engine_directory: Callable[[str], Path]
 ) -> None:
     model = oracle(name)
     probe = OnnxRuntimeProbe(engine_directory(name), threads=1)
-    assert check_generation(trace(model), probe).passed
+    assert check_generation(revealing_run(model, CanvasNoise), probe).passed
     missed = []
 
     for error in STRUCTURAL if name == "demo" else MODEL_ERRORS:
         with MODEL_ERRORS[error](model):
-            wrong = trace(model)
+            wrong = revealing_run(model, CanvasNoise)
         if check_generation(wrong, probe, stop_at_first=True).passed:
             missed.append(error)
 
     assert missed == []
-    assert check_generation(trace(model), probe).passed, "an error was left behind in the model"
+    assert check_generation(revealing_run(model, CanvasNoise), probe).passed, "an error was left behind in the model"
 
 
 def test_the_oracle_passes_its_own_gate(oracle: Callable[[str], Model]) -> None:
     model = oracle("odd_a")
-    run = trace(model)
+    run = revealing_run(model, CanvasNoise)
 
     for carry_soft in (False, True):
         report = check_generation(run, OracleProbe(model, carry_soft), encode_chunk=5)
@@ -81,7 +65,7 @@ def test_the_gate_notices_a_wrong_token_and_a_stale_soft_embedding(oracle: Calla
             super().encode(np.append(token_ids[:-1], (token_ids[-1] + 1) % 200).astype(np.int32))
 
     model = oracle("odd_a")
-    run = trace(model)
+    run = revealing_run(model, CanvasNoise)
 
     assert not check_generation(run, Forgetful(model)).passed
     failures = check_generation(run, OffByOne(model)).failures

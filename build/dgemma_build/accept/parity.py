@@ -12,8 +12,8 @@ from dgemma_build.demo.skills import SKILLS, held_out_set
 from dgemma_build.demo.tokenizer import render_turn
 from dgemma_build.engine_probe import OnnxRuntimeProbe
 from dgemma_build.gate import GateReport, check_generation
-from dgemma_build.model_errors import MODEL_ERRORS
-from dgemma_build.oracle import GenerationTrace, Model, trace_generation
+from dgemma_build.model_errors import MODEL_ERRORS, revealing_run
+from dgemma_build.oracle import trace_generation
 from dgemma_runtime.noise import CanvasNoise
 
 
@@ -40,21 +40,6 @@ def gate(name: str) -> Row:
     return Row(f"graph against the oracle, {name}", "argmax equal; 1e-4 each", measure)
 
 
-def _short_trace(model: Model) -> GenerationTrace:
-    text = model.config.text_config
-    prompt = np.random.default_rng(5).integers(0, text.vocab_size, text.sliding_window + 9)
-    return trace_generation(
-        model,
-        prompt.tolist(),
-        5,
-        CanvasNoise,
-        max_new_tokens=2 * model.config.canvas_length,
-        max_denoising_steps=3,
-        stability_threshold=None,
-        eos_token_id=None,
-    )
-
-
 def _errors(setting: Setting) -> Result:
     caught: dict[str, list[str]] = {}
     for name in NAMES:
@@ -62,7 +47,7 @@ def _errors(setting: Setting) -> Result:
         probe = OnnxRuntimeProbe(setting.engine(name), threads=1)
         for error, introduce in MODEL_ERRORS.items():
             with introduce(model):
-                wrong = _short_trace(model)
+                wrong = revealing_run(model, CanvasNoise)
             if not check_generation(wrong, probe, stop_at_first=True).passed:
                 caught.setdefault(error, []).append(name)
     missed = [error for error in MODEL_ERRORS if error not in caught]

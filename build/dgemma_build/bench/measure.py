@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 from dgemma_build.bench.contenders import Contender, InProcess, Server, Transformers
 from dgemma_build.bench.scenario import Cell, Level, Run, Scenario, Workload
@@ -59,14 +58,10 @@ def _measure_level(
 
 
 def _better_schedule(contender: Contender, workload: Workload) -> str:
-    """Warm the contender up and find out how it runs several requests faster, on one short canvas."""
-    short = replace(workload, canvases=1, steps=min(2, workload.steps))
+    """Warm the contender up with the whole workload, which compiles what it compiles, and find its faster schedule."""
     schedules = contender.schedules if workload.concurrency > 1 else contender.schedules[:1]
-    seconds = {}
     for schedule in schedules:
-        contender.run(short, schedule)
-        # What only runs after a first canvas (commits) is warmed up too, and compiled where it is.
-        contender.run(replace(short, canvases=min(2, workload.canvases), steps=1), schedule)
-        if len(schedules) > 1:
-            seconds[schedule] = contender.run(short, schedule).seconds
-    return min(seconds, key=lambda schedule: seconds[schedule]) if seconds else schedules[0]
+        contender.run(workload, schedule)
+    if len(schedules) == 1:
+        return schedules[0]
+    return min(schedules, key=lambda schedule: contender.run(workload, schedule).seconds)

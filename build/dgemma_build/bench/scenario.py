@@ -72,7 +72,7 @@ class Run:
 
     seconds: float  # from the first request to the end of the last
     first_canvas_s: float  # mean over the requests, all of which arrive at the start
-    engine_s: float | None = None  # of `seconds`, inside engine calls; None where the contender has no engine
+    outside_engine: float | None = None  # share of the time not spent in engine calls; None: it has no engine
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Cell:
         scenario: str, contender: str, schedule: str, workload: Workload, runs: list[Run], peak_memory_bytes: int
     ) -> Cell:
         seconds = median(run.seconds for run in runs)
-        outside = [1 - run.engine_s / run.seconds for run in runs if run.engine_s is not None]
+        outside = [run.outside_engine for run in runs if run.outside_engine is not None]
         return Cell(
             scenario=scenario,
             concurrency=workload.concurrency,
