@@ -21,7 +21,7 @@ from dgemma_runtime.parameters import GenerationParameters
 from dgemma_runtime.requests import GenerationRequest, LiveRequest, Timeline, as_token_ids
 from dgemma_runtime.scheduler import Plan, Scheduler
 from dgemma_runtime.settings import RuntimeSettings
-from dgemma_runtime.statistics import Stopwatch, ServiceStatistics
+from dgemma_runtime.statistics import ServiceStatistics, Stopwatch
 
 __all__ = ["Commit", "Event", "Finished", "GenerationRequest", "Preview", "Service", "Sink"]
 
