@@ -35,7 +35,7 @@ def request(prompt: int, max_tokens: int = CANVAS, name: str = "r") -> LiveReque
         output=OutputText(CODEC, max_tokens),
         sink=lambda event: None,
         is_cancelled=lambda: False,
-        timeline=Timeline(1),
+        timeline=Timeline(1, 0),
     )
 
 
