@@ -43,7 +43,7 @@ def test_a_speedup_compares_round_with_round() -> None:
 
 def test_report_of_a_run(tmp_path: Path) -> None:
     cells = [cell(name, [4.0]) for name in report.BASELINES]
-    cells += [cell(report.ENGINE, [1.0], 0.75), cell(report.SERVER, [2.0], 1.5)]
+    cells += [cell(report.ENGINE, [1.0], 0.75), cell(report.SERVER, [2.0], 0.25)]
 
     line = report.json_line(cells, ENVIRONMENT)
     console = Console(record=True, width=200, file=io.StringIO())
