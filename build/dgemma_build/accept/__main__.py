@@ -15,6 +15,7 @@ from dgemma_build.accept import parity, served, speed, streaming
 from dgemma_build.accept.table import Result, Row, Setting
 from dgemma_build.bench.__main__ import PLOT, RESULT, ROOT, THREADS
 from dgemma_build.bench.report import Environment, json_line, plot, table
+from dgemma_build.signals import exit_on_sigterm
 
 ROWS: tuple[Row, ...] = (*parity.ROWS, *served.ROWS, *streaming.ROWS, *speed.ROWS)
 OUTPUT = ROOT / "benchmarks/accept.json"
@@ -74,4 +75,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     raise SystemExit(main())

@@ -13,6 +13,7 @@ from dgemma_build.bench.report import Environment, json_line, plot, table
 from dgemma_build.bench.scenario import Cell, Level, Scenario
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.random_checkpoint import write_checkpoint
+from dgemma_build.signals import exit_on_sigterm
 
 ROOT = Path(__file__).resolve().parents[3]
 GENERATED = ROOT / "artifacts/bench"
@@ -83,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     main()

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dgemma_build.demo.skills import SKILLS, Example, held_out_set
+from dgemma_build.signals import exit_on_sigterm
 from dgemma_client import Client, ClientError, Delta, Done, Event, Preview, Statistics
 from dgemma_client.live import LiveCanvas, printable
 from dgemma_client.picture import chosen, draw, frames
@@ -214,4 +215,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     sys.exit(main())
