@@ -92,8 +92,8 @@ class Checkpoint:
             raise CheckpointError(f"{self._canonical[name]}: holds NaN or infinite values")
         return array
 
-    def float32_slice(self, name: str, index: int) -> npt.NDArray[np.float32]:
-        """`float32(name)[index]`, reading no more than that: one expert of a stack."""
+    def float32_slice(self, name: str, index: int | slice) -> npt.NDArray[np.float32]:
+        """`float32(name)[index]`, reading no more than that: one expert of a stack, some rows of the embedding."""
         stored = self._canonical[name]
         with safe_open(self._where[stored], framework="numpy") as file:
             array: npt.NDArray[np.float32] = file.get_slice(stored)[index].astype(np.float32)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from dgemma_build.bars import Bars
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_runtime.errors import DGemmaError
 
@@ -36,12 +38,13 @@ def engine(
 ) -> None:
     """Turn a checkpoint into a directory that the server loads."""
     request = BuildRequest(checkpoint, output, backend, precision, max_model_len, max_batch_size)
-    with console.status("reading the checkpoint") as status:
-        manifest = build_engine(request, lambda text: status.update(text))
+    started = time.monotonic()
+    with Bars(console) as bars:
+        manifest = build_engine(request, bars)
     size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     console.print(
         f"{output}: {manifest.backend} {manifest.backend_version} for {manifest.target}, {manifest.precision}, "
-        f"{manifest.max_model_len:,} tokens of context, {size:,.1f} MB"
+        f"{manifest.max_model_len:,} tokens of context, {size:,.1f} MB, {time.monotonic() - started:.0f} s"
     )
 
 

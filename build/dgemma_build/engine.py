@@ -1,19 +1,28 @@
-"""Build an engine directory from a checkpoint: graph, tokenizer files, manifest. Knows the backends by name."""
+"""Build an engine directory: graph, weights, tokenizer files, manifest. Knows the backends by name."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgemma_build.backends import backend_for
+from dgemma_build.backends import Backend, backend_for
 from dgemma_build.checkpoint import Checkpoint
-from dgemma_build.graph import write_graph
+from dgemma_build.data_file import allocate, journal_of, size_of, write_weights
+from dgemma_build.graph import author_graph
+from dgemma_build.progress import Progress, Silent
 from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
 from dgemma_runtime.errors import CheckpointError, ConfigurationError
 
-MODEL_FILE = "model.onnx"
+MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
+_RESUME_FILE = "resume.json"
+_PROBE_BYTES = 64 * 2**20
 # What the server reads besides the engine; the chat template may be absent, then only plain prompts are served.
 _REQUIRED_FILES = ("tokenizer.json", "generation_config.json")
 _OPTIONAL_FILES = ("tokenizer_config.json", "chat_template.jinja")
@@ -31,14 +40,13 @@ class BuildRequest:
     max_batch_size: int | None = None  # canvases
 
 
-Progress = Callable[[str], None]
-
-
-def build_engine(request: BuildRequest, progress: Progress) -> Manifest:
+def build_engine(request: BuildRequest, progress: Progress | None = None) -> Manifest:
     """Build into a directory beside `output` and move it there; nothing half-written is ever loadable.
 
+    A build that was interrupted while it wrote weights goes on where it stopped when it is asked for again.
     Raises CheckpointError or ConfigurationError, with the old `output` untouched.
     """
+    progress = progress or Silent()
     checkpoint = Checkpoint(request.checkpoint)
     for name in _REQUIRED_FILES:
         if not (request.checkpoint / name).is_file():
@@ -46,51 +54,140 @@ def build_engine(request: BuildRequest, progress: Progress) -> Manifest:
     output = request.output
     if output.exists() and not (output / MANIFEST_FILE).exists() and any(output.iterdir()):
         raise ConfigurationError(f"--output {output}: exists and is not an engine directory; choose another")
-    staging = output.with_name(output.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        manifest = _build(request, checkpoint, staging, progress)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    if output.exists():
-        shutil.rmtree(output)
-    staging.replace(output)
-    return manifest
-
-
-def _build(request: BuildRequest, checkpoint: Checkpoint, directory: Path, progress: Progress) -> Manifest:
     longest = _max_model_len(request, checkpoint)
     backend = backend_for(request.backend, request.precision)
-    progress("hashing the checkpoint")
-    digest = checkpoint.sha256()
-    count, left_out = len(list(checkpoint.names())), len(checkpoint.left_out)
-    progress(f"writing the graph: {count} tensors, {left_out} of the vision tower left out")
-    write_graph(checkpoint, directory / MODEL_FILE, backend.lowering(checkpoint.config, longest))
-    onnx_sha256 = file_sha256(directory / MODEL_FILE)
-    progress(f"building with {request.backend}")
-    backend.build(directory, checkpoint.config, request.max_batch_size or 0)
-    for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
-        if (request.checkpoint / name).is_file():
-            shutil.copyfile(request.checkpoint / name, directory / name)
-    progress("hashing the engine")
-    manifest = Manifest(
-        model=checkpoint.config.spec,
-        checkpoint=request.checkpoint.resolve().name,
-        checkpoint_sha256=digest,
-        backend=request.backend,
-        backend_version=backend.version,
-        target=backend.target,
-        precision=request.precision,
-        onnx_sha256=onnx_sha256,
-        max_model_len=longest,
-        max_batch_size=request.max_batch_size or 0,
-        files={path.name: file_sha256(path) for path in sorted(directory.iterdir())},
-        generation_defaults=checkpoint.generation_defaults(),
-    )
-    manifest.save(directory)
+    staging = output.with_name(output.name + ".partial")
+    staging.mkdir(parents=True, exist_ok=True)
+    with _disk_errors(staging):
+        manifest = _Build(request, checkpoint, backend, longest, staging, progress).run()
+        if output.exists():
+            shutil.rmtree(output)
+        staging.replace(output)
     return manifest
+
+
+@dataclass(frozen=True)
+class _Build:
+    """One run in a staging directory."""
+
+    request: BuildRequest
+    checkpoint: Checkpoint
+    backend: Backend
+    max_model_len: int  # tokens
+    directory: Path
+    progress: Progress
+
+    def run(self) -> Manifest:
+        progress, directory = self.progress, self.directory
+        progress.stage("hashing the checkpoint")
+        digest = self.checkpoint.sha256()
+        progress.stage("writing the graph")
+        graph = author_graph(
+            self.checkpoint.config, self.checkpoint, self.backend.lowering(self.checkpoint.config, self.max_model_len)
+        )
+        placed = graph.placed()
+        graph_file = directory / (MODEL_FILE + ".new")
+        size = size_of(placed)
+        (directory / DATA_FILE).touch()  # the graph's check asks for it
+        graph.save(graph_file, DATA_FILE, "dgemma-build", {"precision": self.request.precision})
+        self._start_or_resume(graph_file, digest)
+        self._estimate(size)
+        allocate(directory / DATA_FILE, size)
+        count, left_out = len(graph.weights), len(self.checkpoint.left_out)
+        progress.stage(f"writing {count:,} weights, {left_out} tensors of the vision tower left out", size)
+        hashes = {DATA_FILE: write_weights(directory / DATA_FILE, placed, progress.advance)}
+        onnx_sha256 = file_sha256(directory / MODEL_FILE)
+        progress.stage(f"building with {self.request.backend}")
+        self.backend.build(directory, self.checkpoint.config, self.request.max_batch_size or 0)
+        return self._finish(digest, onnx_sha256, hashes)
+
+    def _start_or_resume(self, graph_file: Path, digest: str) -> None:
+        """Keep the data file only where the same graph is to be filled from the same checkpoint."""
+        directory = self.directory
+        key = {"checkpoint_sha256": digest, "onnx_sha256": file_sha256(graph_file)}
+        resume = directory / _RESUME_FILE
+        same = resume.is_file() and _read(resume) == key
+        for path in directory.iterdir():
+            if path != graph_file and not (same and path.name in (DATA_FILE, journal_of(directory / DATA_FILE).name)):
+                path.unlink()
+        graph_file.replace(directory / MODEL_FILE)
+        resume.write_text(json.dumps(key))
+        if same:
+            self.progress.say("going on with the weights of an interrupted build")
+
+    def _estimate(self, size: int) -> None:
+        """Say what the weights will take; raises ConfigurationError when the disk has no room for them."""
+        data = self.directory / DATA_FILE
+        allocated = data.stat().st_blocks * 512 if data.exists() else 0
+        free = shutil.disk_usage(self.directory).free + allocated
+        if size > free:
+            raise ConfigurationError(
+                f"--output {self.request.output}: the weights need {size / 1e9:.1f} GB and the disk has "
+                f"{free / 1e9:.1f} GB free; make room or choose another"
+            )
+        if size < 4 * _PROBE_BYTES:
+            return
+        seconds = size / _write_speed(self.directory / "probe")
+        self.progress.say(f"{size / 1e9:.1f} GB of weights to write, about {seconds:.0f} s; {free / 1e9:.0f} GB free")
+
+    def _finish(self, digest: str, onnx_sha256: str, hashes: dict[str, str]) -> Manifest:
+        request, directory, config = self.request, self.directory, self.checkpoint.config
+        journal_of(directory / DATA_FILE).unlink()
+        (directory / _RESUME_FILE).unlink()
+        for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
+            if (request.checkpoint / name).is_file():
+                shutil.copyfile(request.checkpoint / name, directory / name)
+        self.progress.stage("hashing the engine")
+        files = {path.name: hashes.get(path.name) or file_sha256(path) for path in sorted(directory.iterdir())}
+        manifest = Manifest(
+            model=config.spec,
+            checkpoint=request.checkpoint.resolve().name,
+            checkpoint_sha256=digest,
+            backend=request.backend,
+            backend_version=self.backend.version,
+            target=self.backend.target,
+            precision=request.precision,
+            kv_dtype=self.backend.kv_dtype,
+            onnx_sha256=onnx_sha256,
+            max_model_len=self.max_model_len,
+            max_batch_size=request.max_batch_size or 0,
+            files=files,
+            generation_defaults=self.checkpoint.generation_defaults(),
+        )
+        manifest.save(directory)
+        return manifest
+
+
+@contextmanager
+def _disk_errors(staging: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigurationError(
+            f"{staging}: the disk is full; make room and build again, what is written there will be used"
+        ) from None
+
+
+def _write_speed(path: Path) -> float:
+    """Bytes per second to this disk, from one short trial."""
+    data = os.urandom(2**20)
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(_PROBE_BYTES // len(data)):
+            file.write(data)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return _PROBE_BYTES / seconds
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 def _max_model_len(request: BuildRequest, checkpoint: Checkpoint) -> int:

@@ -27,20 +27,24 @@ Outputs:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper
 
-from dgemma_build.checkpoint import Checkpoint
+from dgemma_build.checkpoint import TextConfig
 from dgemma_build.head import add_head
 from dgemma_build.moe import MOE_LOWERINGS, MoeWeights
-from dgemma_build.onnx_writer import GraphWriter
+from dgemma_build.onnx_writer import Array, GraphWriter, Weight
+from dgemma_build.quantize import GroupFormat, Quantized, quantize
 from dgemma_runtime.contract import FULL, SLIDING, LayerSpec
 
 Float32 = npt.NDArray[np.float32]
+
+_EMBEDDING_ROWS = 8192  # read at once
 
 
 @dataclass(frozen=True)
@@ -50,19 +54,63 @@ class Lowering:
     moe: str = "grouped"  # a key of MOE_LOWERINGS
     dtype: int = TensorProto.FLOAT  # of weights and activations; norms' sums, router and head are float32 always
     cache_slots: tuple[int, int] | None = None  # fixed slots of sliding and full caches; dynamic without
+    quantized: GroupFormat | None = None  # of the matrices of experts, attention and MLP; the rest has `dtype`
 
 
-def write_graph(checkpoint: Checkpoint, path: Path, lowering: Lowering) -> None:
-    """Write `path` (and `path`.data) from the checkpoint's weights, one tensor at a time."""
-    with GraphWriter(path) as writer:
-        _DenoiserGraph(checkpoint, writer, lowering).write()
+class WeightSource(Protocol):
+    """Where values come from, by canonical name (see `checkpoint.py`)."""
+
+    def float32(self, name: str) -> Float32:
+        """A whole tensor."""
+        ...
+
+    def float32_slice(self, name: str, index: int | slice) -> Float32:
+        """Part of it, along its first axis."""
+        ...
+
+
+def author_graph(config: TextConfig, source: WeightSource, lowering: Lowering) -> GraphWriter:
+    """The whole graph; `source` is read only when the writer's weights are."""
+    writer = GraphWriter()
+    _DenoiserGraph(config, source, writer, lowering).write()
+    return writer
+
+
+def graph_weights(config: TextConfig, lowering: Lowering) -> list[Weight]:
+    """Every weight that a graph has, from the config alone: names, shapes, dtypes."""
+
+    class Nothing:
+        def float32(self, name: str) -> Float32:
+            raise LookupError(f"{name} was read from a config")
+
+        def float32_slice(self, name: str, index: int | slice) -> Float32:
+            raise LookupError(f"{name}[{index}] was read from a config")
+
+    return list(author_graph(config, Nothing(), lowering).weights.values())
+
+
+class _Remembered:
+    """One quantized matrix between the writing of its integers and of its scales, the next weight of the file."""
+
+    def __init__(self, make: Callable[[], Quantized]) -> None:
+        self._make = make
+        self._kept: Quantized | None = None
+
+    def get(self) -> Quantized:
+        self._kept = self._make()
+        return self._kept
+
+    def take(self) -> Quantized:
+        """The last time it is asked for; made again where a resumed build had its integers already."""
+        kept, self._kept = self._kept, None
+        return kept or self._make()
 
 
 class _DenoiserGraph:
-    def __init__(self, checkpoint: Checkpoint, writer: GraphWriter, lowering: Lowering) -> None:
-        self.checkpoint = checkpoint
-        self.config = checkpoint.config
-        self.spec = checkpoint.config.spec
+    def __init__(self, config: TextConfig, source: WeightSource, writer: GraphWriter, lowering: Lowering) -> None:
+        self.source = source
+        self.config = config
+        self.spec = config.spec
         self.w = writer
         self.lowering = lowering
         self.numpy_dtype = helper.tensor_dtype_to_np_dtype(lowering.dtype)
@@ -70,10 +118,27 @@ class _DenoiserGraph:
     # ------------------------------------------------------------ weights
 
     def load(self, name: str) -> Float32:
-        return self.checkpoint.float32(name)
+        return self.source.float32(name)
 
-    def weight(self, name: str, array: Float32) -> str:
-        return self.w.weight(name, array.astype(self.numpy_dtype))
+    def weight(self, name: str, shape: Sequence[int], load: Callable[[], Float32]) -> str:
+        """In the graph's precision."""
+        return self.w.weight(name, shape, self.numpy_dtype, lambda: [load().astype(self.numpy_dtype)])
+
+    def matmul(self, value: str, name: str, shape: tuple[int, int], load: Callable[[], Float32]) -> str:
+        """`value` times a weight [in, out], which is quantized where the lowering says so."""
+        form = self.lowering.quantized
+        if form is None:
+            return self.w.op("MatMul", value, self.weight(name, shape, load))
+        inputs, outputs = shape
+        quantized = _Remembered(lambda: quantize(load(), form))
+        packed = self.w.weight(
+            f"{name}.packed", form.packed_shape(inputs, outputs), np.uint8, lambda: [quantized.get().packed]
+        )
+        scales = self.w.weight(
+            f"{name}.scales", (outputs, form.groups(inputs)), np.float32, lambda: [quantized.take().scales]
+        )
+        sizes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.group_size}
+        return self.w.op("MatMulNBits", value, packed, scales, domain="com.microsoft", accuracy_level=1, **sizes)
 
     def to_float(self, value: str) -> str:
         return value if self.lowering.dtype == TensorProto.FLOAT else self.w.op("Cast", value, to_=TensorProto.FLOAT)
@@ -83,8 +148,10 @@ class _DenoiserGraph:
 
     def rms_norm(self, value: str, weight: str, dim: int) -> str:
         """RMS norm over the last axis; `weight` is a tensor's name, or "" for none."""
-        ones = np.ones(dim)
-        scale = self.weight(weight, self.load(weight)) if weight else self.w.const(ones, self.numpy_dtype)
+        if weight:
+            scale = self.weight(weight, (dim,), lambda: self.load(weight))
+        else:
+            scale = self.w.const(np.ones(dim), self.numpy_dtype)
         return self.w.op(
             "RMSNormalization", value, scale, axis=-1, epsilon=self.config.rms_norm_eps, stash_type=TensorProto.FLOAT
         )
@@ -109,7 +176,6 @@ class _DenoiserGraph:
         for index, layer in enumerate(spec.layers):
             hidden = self._layer(hidden, index, layer)
         self._head(hidden)
-        w.save("dgemma-build", {"precision": self.numpy_dtype.name, "moe": self.lowering.moe})
 
     def _cache_shape(self, layer: LayerSpec) -> list[int | str]:
         slots: tuple[int | str, int | str] = self.lowering.cache_slots or ("S_sliding", "S_full")
@@ -126,21 +192,20 @@ class _DenoiserGraph:
         self.rope, self.mask, self.offset = {}, {}, {}
         for kind in sorted({layer.kind for layer in self.spec.layers}):
             frequencies = self.config.rope[kind].inverse_frequencies
-            table = w.weight(f"inverse_frequencies/{kind}", frequencies)
+            table = w.array(f"inverse_frequencies/{kind}", frequencies)
             angles = w.op("Mul", w.op("Unsqueeze", positions, w.const([2])), table)  # [B, L, head_dim / 2]
             self.rope[kind] = tuple(self.from_float(w.op(name, angles)) for name in ("Cos", "Sin"))
             self.offset[kind] = "sliding_length" if kind == SLIDING else "position"
             self.mask[kind] = self._mask(kind, steps, length)
-        scalars = np.stack(
-            [
-                np.concatenate([self.load(f"layers.{i}.{side}_layer_scalar") for i in range(len(self.spec.layers))])
-                for side in ("encoder", "decoder")
-            ]
-        )
-        phase = w.op("Cast", "is_canvas", to_=TensorProto.INT64)
-        per_row = w.op("Gather", self.weight("layer_scalars", scalars), phase)  # [B, layers]
-        per_row = w.op("Unsqueeze", per_row, w.const([2]))
         count = len(self.spec.layers)
+
+        def scalars() -> Float32:
+            sides = ("encoder", "decoder")
+            return np.array([[self.load(f"layers.{i}.{side}_layer_scalar")[0] for i in range(count)] for side in sides])
+
+        phase = w.op("Cast", "is_canvas", to_=TensorProto.INT64)
+        per_row = w.op("Gather", self.weight("layer_scalars", (2, count), scalars), phase)  # [B, layers]
+        per_row = w.op("Unsqueeze", per_row, w.const([2]))
         self.scalars = w.ops("Split", per_row, outputs=count, axis=1, num_outputs=count)  # each [B, 1, 1]
 
     def _mask(self, kind: str, steps: str, length: str) -> str:
@@ -164,7 +229,9 @@ class _DenoiserGraph:
 
     def _embed(self) -> str:
         w, spec = self.w, self.spec
-        self.embedding = self.weight("embed_tokens.weight", self.load("embed_tokens.weight"))
+        self.embedding = w.weight(
+            "embed_tokens.weight", (spec.vocab_size, spec.hidden_size), self.numpy_dtype, self._embedding_rows
+        )
         scale = w.const(spec.hidden_size**0.5, self.numpy_dtype)
         tokens = w.op("Mul", w.op("Gather", self.embedding, "token_ids"), scale)  # [B, L, H]
         canvas = w.op("Gather", tokens, "canvas_rows")  # [R, L, H]
@@ -173,20 +240,28 @@ class _DenoiserGraph:
         conditioned = self.rms_norm(w.op("Add", canvas, signal), "", spec.hidden_size)
         return w.op("ScatterND", tokens, w.op("Unsqueeze", "canvas_rows", w.const([1])), conditioned)
 
+    def _embedding_rows(self) -> Iterator[Array]:
+        count = self.spec.vocab_size
+        for start in range(0, count, _EMBEDDING_ROWS):
+            chunk = slice(start, min(start + _EMBEDDING_ROWS, count))
+            yield self.source.float32_slice("embed_tokens.weight", chunk).astype(self.numpy_dtype)
+
     def _gated_mlp(self, normed: str, prefix: str, norm: str) -> str:
         """down(gelu(gate(x)) * up(x)) of x = normed times the weight `norm`."""
         inner = self.config.intermediate_size
-        parts = [self.load(f"{prefix}.{name}_proj.weight") for name in ("gate", "up")]
-        matrix = (np.concatenate(parts) * self.load(norm)).T
-        both = self.w.op("MatMul", normed, self.weight(f"{prefix}.gate_up", matrix))
+
+        def matrix() -> Float32:
+            parts = [self.load(f"{prefix}.{name}_proj.weight") for name in ("gate", "up")]
+            return (np.concatenate(parts) * self.load(norm)).T
+
+        both = self.matmul(normed, f"{prefix}.gate_up", (self.spec.hidden_size, 2 * inner), matrix)
         gate, up = self.w.ops("Split", both, self.w.const([inner, inner]), outputs=2, axis=-1)
         return self._gated_down(gate, up, prefix)
 
     def _gated_down(self, gate: str, up: str, prefix: str) -> str:
         gated = self.w.op("Mul", self.w.op("Gelu", gate, approximate="tanh"), up)
-        return self.w.op(
-            "MatMul", gated, self.weight(f"{prefix}.down_proj.weight", self.load(f"{prefix}.down_proj.weight").T)
-        )
+        name, shape = f"{prefix}.down_proj.weight", (self.config.intermediate_size, self.spec.hidden_size)
+        return self.matmul(gated, name, shape, lambda: self.load(name).T)
 
     def _layer(self, hidden: str, index: int, layer: LayerSpec) -> str:
         w, prefix, size = self.w, f"layers.{index}", self.spec.hidden_size
@@ -204,9 +279,13 @@ class _DenoiserGraph:
         w, prefix = self.w, f"layers.{index}.self_attn"
         heads, kv_heads, dim = self.config.num_attention_heads, layer.num_key_value_heads, layer.head_dim
         names = ["q_proj", "k_proj"] + (["v_proj"] if layer.kind == SLIDING else [])
-        matrix = np.concatenate([self.load(f"{prefix}.{name}.weight") for name in names])
-        matrix = (matrix * self.load(f"layers.{index}.input_layernorm.weight")).T
-        projected = w.op("MatMul", normed, self.weight(f"{prefix}.qkv", matrix))
+        hidden, width = self.spec.hidden_size, (heads + (len(names) - 1) * kv_heads) * dim
+
+        def matrix() -> Float32:
+            parts = [self.load(f"{prefix}.{name}.weight") for name in names]
+            return (np.concatenate(parts) * self.load(f"layers.{index}.input_layernorm.weight")).T
+
+        projected = self.matmul(normed, f"{prefix}.qkv", (hidden, width), matrix)
         by_head = w.op("Reshape", projected, w.const([0, 0, -1, dim]))
         by_head = w.op("Transpose", self.rms_norm(by_head, "", dim), perm=[0, 2, 1, 3])  # [B, heads, L, dim]
         if layer.kind == FULL:  # values are the normed keys without weight and without rotation
@@ -214,13 +293,12 @@ class _DenoiserGraph:
             _, values = w.ops("Split", by_head, w.const([heads, kv_heads]), outputs=2, axis=1)
         else:
             queries_keys, values = w.ops("Split", by_head, w.const([heads + kv_heads, kv_heads]), outputs=2, axis=1)
-        scale = np.concatenate(
-            [
-                np.tile(self.load(f"{prefix}.{name}.weight"), (n, 1))
-                for name, n in (("q_norm", heads), ("k_norm", kv_heads))
-            ]
-        )
-        scaled = w.op("Mul", queries_keys, self.weight(f"{prefix}.qk_norm", scale[:, None, :]))
+
+        def scale() -> Float32:
+            parts = (("q_norm", heads), ("k_norm", kv_heads))
+            return np.concatenate([np.tile(self.load(f"{prefix}.{name}.weight"), (n, 1, 1)) for name, n in parts])
+
+        scaled = w.op("Mul", queries_keys, self.weight(f"{prefix}.qk_norm", (heads + kv_heads, 1, dim), scale))
         rotated = w.op("RotaryEmbedding", scaled, *self.rope[layer.kind])
         queries, keys = w.ops("Split", rotated, w.const([heads, kv_heads]), outputs=2, axis=1)
         caches = []
@@ -231,18 +309,32 @@ class _DenoiserGraph:
             caches.append(written)
         context = w.op("Attention", queries, *caches, self.mask[layer.kind], scale=1.0)
         context = w.op("Reshape", w.op("Transpose", context, perm=[0, 2, 1, 3]), w.const([0, 0, -1]))
-        return w.op("MatMul", context, self.weight(f"{prefix}.o_proj", self.load(f"{prefix}.o_proj.weight").T))
+        return self.matmul(
+            context, f"{prefix}.o_proj", (heads * dim, hidden), lambda: self.load(f"{prefix}.o_proj.weight").T
+        )
 
     def _mlp_and_router(self, normed: str, prefix: str) -> tuple[str, str]:
-        """The dense MLP's output [B, L, H] and the router's logits [B, L, experts], from one matrix product."""
+        """The dense MLP's output [B, L, H] and the router's logits [B, L, experts]."""
         inner, experts, hidden = self.config.intermediate_size, self.config.num_experts, self.spec.hidden_size
-        norm = self.load(f"{prefix}.pre_feedforward_layernorm.weight")
-        gate, up = (self.load(f"{prefix}.mlp.{name}_proj.weight") * norm for name in ("gate", "up"))
-        router = self.load(f"{prefix}.router.proj.weight") * self.load(f"{prefix}.router.scale") * hidden**-0.5
-        matrix = self.weight(f"{prefix}.mlp_router", np.concatenate([gate, up, router]).T)
-        product = self.w.op("MatMul", normed, matrix)
-        parts = self.w.ops("Split", product, self.w.const([inner, inner, experts]), outputs=3, axis=-1)
-        return self._gated_down(parts[0], parts[1], f"{prefix}.mlp"), parts[2]
+
+        def gate_up() -> Float32:
+            norm = self.load(f"{prefix}.pre_feedforward_layernorm.weight")
+            parts = [self.load(f"{prefix}.mlp.{name}_proj.weight") for name in ("gate", "up")]
+            return (np.concatenate(parts) * norm).T
+
+        def router() -> Float32:
+            scale = self.load(f"{prefix}.router.scale") * np.float32(hidden**-0.5)
+            return (self.load(f"{prefix}.router.proj.weight") * scale).T
+
+        if self.lowering.quantized:  # the router is small and decides much: it keeps its precision
+            logits = self.w.op("MatMul", normed, self.weight(f"{prefix}.router", (hidden, experts), router))
+            both = self.matmul(normed, f"{prefix}.mlp.gate_up", (hidden, 2 * inner), gate_up)
+            gate, up = self.w.ops("Split", both, self.w.const([inner, inner]), outputs=2, axis=-1)
+        else:  # one product for all three
+            name, shape = f"{prefix}.mlp_router", (hidden, 2 * inner + experts)
+            product = self.matmul(normed, name, shape, lambda: np.concatenate([gate_up(), router()], axis=1))
+            gate, up, logits = self.w.ops("Split", product, self.w.const([inner, inner, experts]), outputs=3, axis=-1)
+        return self._gated_down(gate, up, f"{prefix}.mlp"), logits
 
     def _moe(self, normed: str, router_logits: str, prefix: str) -> str:
         """Experts' weighted sum, [B, L, H]."""
@@ -251,23 +343,25 @@ class _DenoiserGraph:
         logits = self.to_float(w.op("Reshape", router_logits, w.const([-1, config.num_experts])))
         top, ids = w.ops("TopK", w.op("Softmax", logits, axis=-1), w.const([config.top_k_experts]), outputs=2, axis=-1)
         share = w.op("Div", top, w.op("ReduceSum", top, w.const([-1])))
-        per_expert = w.weight(f"{prefix}.router.per_expert_scale", self.load(f"{prefix}.router.per_expert_scale"))
+        name = f"{prefix}.router.per_expert_scale"
+        per_expert = w.weight(name, (config.num_experts,), np.float32, lambda: [self.load(name)])
         share = self.from_float(w.op("Mul", share, w.op("Gather", per_expert, ids)))
-        norm = self.load(f"{prefix}.pre_feedforward_layernorm_2.weight")
+        norm = f"{prefix}.pre_feedforward_layernorm_2.weight"
         weights = MoeWeights(
-            gate_up=lambda expert: (self.expert(f"{prefix}.experts.gate_up_proj", expert) * norm).T,
+            gate_up=lambda expert: (self.expert(f"{prefix}.experts.gate_up_proj", expert) * self.load(norm)).T,
             down=lambda expert: self.expert(f"{prefix}.experts.down_proj", expert).T,
             num_experts=config.num_experts,
             top_k=config.top_k_experts,
             hidden_size=hidden,
             intermediate_size=config.moe_intermediate_size,
             dtype=self.numpy_dtype,
+            matmul=self.matmul,
         )
         mixed = MOE_LOWERINGS[self.lowering.moe](w, weights, prefix, flat, ids, share)
         return w.op("Reshape", mixed, w.op("Shape", normed))
 
     def expert(self, name: str, expert: int) -> Float32:
-        return self.checkpoint.float32_slice(name, expert)
+        return self.source.float32_slice(name, expert)
 
     def _head(self, hidden: str) -> None:
         w, spec = self.w, self.spec

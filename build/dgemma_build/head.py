@@ -44,7 +44,7 @@ def add_head(w: GraphWriter, normed: str, embedding: str, config: TextConfig, dt
 
     # log-sum-exp from the largest element: its logit is m and its probability exp(m - lse)
     log_top = w.op("Log", w.op("GatherElements", probabilities, argmax, axis=1))
-    expected = w.op("MatMul", w.op("Mul", probabilities, logits), w.weight("head/ones", np.ones((vocab, 1), f32)))
+    expected = w.op("MatMul", w.op("Mul", probabilities, logits), w.array("head/ones", np.ones((vocab, 1), f32)))
     entropy = w.op("Sub", w.op("Sub", top, log_top), expected)
     w.op("Reshape", entropy, rows, to="entropies")
     w.graph_output("entropies", TensorProto.FLOAT, ["R", "L"])
@@ -70,7 +70,7 @@ def _sample(w: GraphWriter, probabilities: str, vocab: int) -> str:
         probabilities = w.op("Pad", probabilities, padding, w.const(0, np.float32))
     by_group = w.op("Reshape", probabilities, w.const([-1, groups, size]))
     mass = w.op(
-        "Squeeze", w.op("MatMul", by_group, w.weight("head/group_ones", np.ones((size, 1), np.float32))), w.const([2])
+        "Squeeze", w.op("MatMul", by_group, w.array("head/group_ones", np.ones((size, 1), np.float32))), w.const([2])
     )  # [N, groups]
     until = w.op("CumSum", mass, w.const(1))
     uniforms = w.op("Reshape", "uniforms", w.const([-1, 1]))

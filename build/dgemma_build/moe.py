@@ -8,8 +8,10 @@ are read anyway and a matrix unit is idle, and needs no data-dependent shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,7 @@ Float32 = npt.NDArray[np.float32]
 class MoeWeights:
     """One layer's experts; the functions give one expert's matrix, ready to be multiplied from the right."""
 
+    matmul: Callable[[str, str, tuple[int, int], Callable[[], Float32]], str]  # of a value and a named weight
     gate_up: Callable[[int], Float32]  # [H, 2 * intermediate_size]
     down: Callable[[int], Float32]  # [intermediate_size, H]
     num_experts: int
@@ -42,19 +45,20 @@ def grouped(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: 
     chosen = w.op("Equal", w.op("Unsqueeze", pairs, w.const([1])), w.const(np.arange(experts)))
     sizes = w.op("ReduceSum", w.op("Cast", chosen, to_=7), w.const([0]), keepdims=0)  # [experts] int64
 
-    def multiply(value: str, name: str, matrix: Callable[[int], Float32]) -> str:
+    def multiply(value: str, name: str, shape: tuple[int, int], matrix: Callable[[int], Float32]) -> str:
         parts = w.ops("Split", value, sizes, outputs=experts, axis=0)
         products = [
-            w.op("MatMul", part, w.weight(f"{prefix}.experts.{expert}.{name}", matrix(expert).astype(weights.dtype)))
+            weights.matmul(part, f"{prefix}.experts.{expert}.{name}", shape, partial(matrix, expert))
             for expert, part in enumerate(parts)
         ]
         return w.op("Concat", *products, axis=0)
 
-    both = multiply(rows, "gate_up", weights.gate_up)
+    both = multiply(rows, "gate_up", (weights.hidden_size, 2 * inner), weights.gate_up)
     gate, up = w.ops("Split", both, w.const([inner, inner]), outputs=2, axis=-1)
     gated = w.op("Mul", w.op("Gelu", gate, approximate="tanh"), up)
     weight = w.op("Gather", w.op("Reshape", share, w.const([-1, 1])), order)
-    products = multiply(w.op("Mul", gated, weight), "down", weights.down)  # [N * k, H]
+    shape = (inner, weights.hidden_size)
+    products = multiply(w.op("Mul", gated, weight), "down", shape, weights.down)  # [N * k, H]
     places = w.op("Range", w.const(0), w.op("Squeeze", count), w.const(1))
     back = w.op("ScatterElements", places, order, places, axis=0)  # where each pair went
     in_order = w.op("Reshape", w.op("Gather", products, back), w.const([-1, weights.top_k, weights.hidden_size]))
@@ -65,18 +69,23 @@ def dense(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: st
     """Every expert multiplies every token; what a token did not choose has weight zero."""
     experts, inner = weights.num_experts, weights.intermediate_size
 
-    def stack(name: str, matrix: Callable[[int], Float32]) -> str:
-        stacked = np.stack([matrix(expert).astype(weights.dtype) for expert in range(experts)])
-        return w.weight(f"{prefix}.experts.{name}", stacked)
+    def stack(name: str, shape: Sequence[int], matrix: Callable[[int], Float32]) -> str:
+        def pieces() -> Iterator[npt.NDArray[Any]]:
+            for expert in range(experts):
+                yield matrix(expert).astype(weights.dtype)[None]
+
+        return w.weight(f"{prefix}.experts.{name}", (experts, *shape), weights.dtype, pieces)
 
     rows = w.op("Gather", w.op("Shape", tokens), w.const([0]))
     zeros = w.op("Expand", w.const(0, weights.dtype), w.op("Concat", rows, w.const([experts]), axis=0))
     routing = w.op("ScatterElements", zeros, ids, share, axis=1)  # [N, experts]
     routing = w.op("Unsqueeze", w.op("Transpose", routing, perm=[1, 0]), w.const([2]))  # [experts, N, 1]
-    both = w.op("MatMul", w.op("Unsqueeze", tokens, w.const([0])), stack("gate_up", weights.gate_up))
+    gate_up = stack("gate_up", (weights.hidden_size, 2 * inner), weights.gate_up)
+    both = w.op("MatMul", w.op("Unsqueeze", tokens, w.const([0])), gate_up)
     gate, up = w.ops("Split", both, w.const([inner, inner]), outputs=2, axis=-1)
     gated = w.op("Mul", w.op("Mul", w.op("Gelu", gate, approximate="tanh"), up), routing)
-    return w.op("ReduceSum", w.op("MatMul", gated, stack("down", weights.down)), w.const([0]), keepdims=0)
+    down = stack("down", (inner, weights.hidden_size), weights.down)
+    return w.op("ReduceSum", w.op("MatMul", gated, down), w.const([0]), keepdims=0)
 
 
 MOE_LOWERINGS: dict[str, Callable[[GraphWriter, MoeWeights, str, str, str, str], str]] = {

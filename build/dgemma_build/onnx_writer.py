@@ -1,14 +1,15 @@
-"""Write an ONNX graph node by node, its weights streamed to one external data file. Knows no model.
+"""Write an ONNX graph node by node, its weights listed first and streamed to one external data file afterwards.
 
-`GraphWriter.op("MatMul", a, b)` adds a node and returns the name of its output. Weights go to the data file when
-they are added, so that no more than one of them is in memory.
+`GraphWriter.op("MatMul", a, b)` adds a node and returns the name of its output. A weight is recorded with its shape
+and a function that gives its values; nothing is read until the data file is written, piece by piece, so that a graph
+without values tells every byte it will need. Knows no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,27 +21,49 @@ OPSET = 24
 _INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can see them
 _ALIGNMENT = 4096  # bytes; lets a runtime map the file
 
+Array = npt.NDArray[Any]
+Pieces = Callable[[], Iterable[Array]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initializer to be: `pieces` gives its values [shape] in C order, cut anywhere along the first axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    pieces: Pieces
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def array(self) -> Array:
+        """All of it; raises ValueError where the pieces do not make up the shape."""
+        whole = np.concatenate(list(self.pieces())) if self.shape else next(iter(self.pieces()))
+        if whole.shape != self.shape or whole.dtype != self.dtype:
+            raise ValueError(f"{self.name}: got {whole.dtype} {whole.shape}, announced {self.dtype} {self.shape}")
+        return whole
+
+
+@dataclass(frozen=True)
+class PlacedWeight:
+    """A weight and where it stands in the data file."""
+
+    weight: Weight
+    offset: int  # bytes
+
 
 class GraphWriter:
-    """An ONNX model in the making; a context manager that closes the data file."""
+    """An ONNX model in the making."""
 
-    def __init__(self, model_path: Path) -> None:
-        self.model_path = model_path
-        self._data_path = model_path.with_name(model_path.name + ".data")
-        self._data = self._data_path.open("wb")
+    def __init__(self) -> None:
+        self.weights: dict[str, Weight] = {}
         self._nodes: list[onnx.NodeProto] = []
-        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._constants: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._count = 0
-
-    def __enter__(self) -> GraphWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._data.close()
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
         """A graph input; a string in `shape` is a symbolic dimension."""
@@ -73,40 +96,58 @@ class GraphWriter:
         """Declare the value `name`, written by some node, a graph output."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
-    def weight(self, name: str, array: npt.NDArray[Any]) -> str:
-        """An initializer; large ones go to the data file at once. Returns `name`."""
-        if name in self._initializers:
+    def weight(self, name: str, shape: Sequence[int], dtype: npt.DTypeLike, pieces: Pieces) -> str:
+        """An initializer whose values are read when they are written. Returns `name`."""
+        if name in self.weights:
             raise ValueError(f"initializer {name} is there already")
-        if array.nbytes <= _INLINE_BYTES:
-            self._initializers[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
-            return name
-        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
-        offset = self._data.tell()
-        self._data.write(np.ascontiguousarray(array).tobytes())
-        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self._data_path.name), ("offset", offset), ("length", array.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        self._initializers[name] = tensor
+        self.weights[name] = Weight(name, tuple(shape), np.dtype(dtype), pieces)
         return name
+
+    def array(self, name: str, values: Array) -> str:
+        """An initializer whose values are there already. Returns `name`."""
+        return self.weight(name, values.shape, values.dtype, lambda: [values])
 
     def const(self, values: Any, dtype: npt.DTypeLike = np.int64) -> str:
         """A small constant, shared between equal uses."""
         array = np.asarray(values, dtype)
         name = f"const/{array.dtype}/{list(array.shape)}/{array.tobytes().hex()}"
-        if name not in self._initializers:
-            self._initializers[name] = numpy_helper.from_array(array, name)
+        if name not in self._constants:
+            self._constants[name] = numpy_helper.from_array(array, name)
         return name
 
-    def save(self, producer: str, metadata: dict[str, str]) -> None:
-        """Check the graph and write the model file."""
+    def placed(self) -> list[PlacedWeight]:
+        """The weights of the data file, in order."""
+        found, end = [], 0
+        for weight in self.weights.values():
+            if weight.nbytes > _INLINE_BYTES:
+                offset = end + -end % _ALIGNMENT
+                found.append(PlacedWeight(weight, offset))
+                end = offset + weight.nbytes
+        return found
+
+    def save(self, path: Path, data_file: str, producer: str, metadata: dict[str, str]) -> None:
+        """Write and check the model file; the weights' values are expected in `data_file` beside it, later."""
+        initializers = dict(self._constants)
+        for name, weight in self.weights.items():
+            if weight.nbytes <= _INLINE_BYTES:
+                initializers[name] = numpy_helper.from_array(np.ascontiguousarray(weight.array()), name)
+        for item in self.placed():
+            initializers[item.weight.name] = _external(item, data_file)
         graph = helper.make_graph(
-            self._nodes, "diffusion_gemma", self._inputs, self._outputs, list(self._initializers.values())
+            self._nodes, "diffusion_gemma", self._inputs, self._outputs, list(initializers.values())
         )
         domains = sorted({node.domain for node in self._nodes} | {""})
         opsets = [helper.make_opsetid(domain, OPSET if domain == "" else 1) for domain in domains]
         model = helper.make_model(graph, opset_imports=opsets, producer_name=producer, ir_version=11)
         helper.set_model_props(model, metadata)
-        self._data.flush()
-        onnx.save(model, self.model_path)
-        onnx.checker.check_model(self.model_path, full_check=True)
+        onnx.save(model, path)
+        onnx.checker.check_model(path, full_check=True)
+
+
+def _external(item: PlacedWeight, data_file: str) -> onnx.TensorProto:
+    weight = item.weight
+    tensor = TensorProto(name=weight.name, data_type=helper.np_dtype_to_tensor_dtype(weight.dtype), dims=weight.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", data_file), ("offset", item.offset), ("length", weight.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

@@ -84,6 +84,7 @@ class TensorRtRtxBackend:
     """TensorRT for RTX in bf16 or fp16, strongly typed."""
 
     dtype: int
+    kv_dtype: str  # bf16 or fp16
     version: str = trt.__version__
     target: str = ",".join(name.lower().replace("sm", "sm_") for name in COMPUTE_CAPABILITIES)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dgemma_runtime.errors import ManifestError
 
 MANIFEST_FILE = "config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 Int32Array = npt.NDArray[np.int32]
@@ -56,7 +56,8 @@ class Manifest:
     backend: str  # onnxruntime, tensorrt, tensorrt_rtx
     backend_version: str
     target: str  # e.g. "cpu", "sm_90"
-    precision: str  # fp32, bf16, fp16, fp8, int4
+    precision: str  # of the weights: fp32, bf16, fp16, fp8, int8, int4
+    kv_dtype: str  # of keys and values: fp32, bf16, fp16, fp8
     onnx_sha256: str
     max_model_len: int  # tokens, prompt and output together
     max_batch_size: int  # canvases in one denoising step; 0 where the engine sets no limit

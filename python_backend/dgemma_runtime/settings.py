@@ -8,7 +8,7 @@ from dgemma_runtime.contract import FULL, EngineLimits, Manifest
 from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.pages import PageRules
 
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2, "int4": 2}  # of keys and values; weights may be smaller
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}  # of keys and values
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class PageBytes:
 
 
 def page_bytes(manifest: Manifest, page_size: int) -> PageBytes:
-    """Of `page_size` tokens; raises ConfigurationError for a precision whose cache type is not known."""
-    if manifest.precision not in _ELEMENT_BYTES:
+    """Of `page_size` tokens; raises ConfigurationError for a cache type that is not known."""
+    if manifest.kv_dtype not in _ELEMENT_BYTES:
         known = ", ".join(_ELEMENT_BYTES)
-        raise ConfigurationError(f"the engine's precision is {manifest.precision!r}, this runtime knows {known}")
-    element = _ELEMENT_BYTES[manifest.precision]
+        raise ConfigurationError(f"the engine's kv_dtype is {manifest.kv_dtype!r}, this runtime knows {known}")
+    element = _ELEMENT_BYTES[manifest.kv_dtype]
     layers = [(spec.kind == FULL, 2 * spec.num_key_value_heads * spec.head_dim) for spec in manifest.model.layers]
     full = sum(width for is_full, width in layers if is_full)
     sliding = sum(width for is_full, width in layers if not is_full)

@@ -25,5 +25,5 @@ def checkpoint_copy(odd_checkpoint: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def odd_engine(odd_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("engines") / "odd_a"
-    build_engine(BuildRequest(odd_checkpoint, output), lambda text: None)
+    build_engine(BuildRequest(odd_checkpoint, output))
     return output

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 
 from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.cli import app
+from dgemma_build.data_file import allocate, size_of, write_weights
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.engine_probe import OnnxRuntimeProbe
-from dgemma_build.graph import Lowering, write_graph
+from dgemma_build.graph import Lowering, author_graph
 from dgemma_build.head import group_size
 from dgemma_runtime.contract import (
     DenoiseRow,
@@ -29,10 +30,6 @@ from dgemma_runtime.contract import (
 )
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from dgemma_runtime.errors import CheckpointError, ConfigurationError, DGemmaError, ManifestError
-
-
-def quiet(text: str) -> None:
-    """No progress."""
 
 
 def test_the_manifest_tells_what_was_built(odd_checkpoint: Path, odd_engine: Path) -> None:
@@ -48,7 +45,7 @@ def test_the_manifest_tells_what_was_built(odd_checkpoint: Path, odd_engine: Pat
 
 
 def test_building_twice_gives_the_same_bytes(odd_checkpoint: Path, odd_engine: Path, tmp_path: Path) -> None:
-    again = build_engine(BuildRequest(odd_checkpoint, tmp_path / "engine"), quiet)
+    again = build_engine(BuildRequest(odd_checkpoint, tmp_path / "engine"))
     assert again == Manifest.load(odd_engine)
 
 
@@ -70,8 +67,8 @@ def test_a_changed_file_is_refused(odd_engine: Path, tmp_path: Path) -> None:
         (None, "not found"),
         ("{", "not readable as JSON"),
         ("[]", "format_version is 'list'"),
-        ('{"format_version": 99}', "format_version is 99, this runtime reads 1"),
-        ('{"format_version": 1}', "not a manifest"),
+        ('{"format_version": 99}', "format_version is 99, this runtime reads 2"),
+        ('{"format_version": 2}', "not a manifest"),
     ],
 )
 def test_what_is_not_a_manifest_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
@@ -94,7 +91,7 @@ def test_a_manifest_cannot_reach_outside(odd_engine: Path, tmp_path: Path) -> No
     ("change", "words"),
     [
         ({"backend": "tensorrt_llm"}, r"--backend tensorrt_llm: not available; choose one of onnxruntime"),
-        ({"precision": "int2"}, r"--precision int2: onnxruntime is built in fp32"),
+        ({"precision": "int2"}, r"--precision int2: onnxruntime is built in fp32, int8, int4"),
         ({"max_model_len": 10**7}, r"--max-model-len 10000000: must be .* at most the checkpoint's"),
         ({"max_model_len": 1}, r"--max-model-len 1: must be more than one canvas"),
         ({"max_batch_size": 0}, r"--max-batch-size 0: must be at least 1"),
@@ -105,23 +102,23 @@ def test_bad_options_are_named_and_leave_nothing(
 ) -> None:
     request = replace(BuildRequest(odd_checkpoint, tmp_path / "engine"), **change)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=words):
-        build_engine(request, quiet)
+        build_engine(request)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_build_keeps_the_old_engine(checkpoint_copy: Path, tmp_path: Path) -> None:
     output = tmp_path / "engine"
-    manifest = build_engine(BuildRequest(checkpoint_copy, output), quiet)
+    manifest = build_engine(BuildRequest(checkpoint_copy, output))
     (checkpoint_copy / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not found"):
-        build_engine(BuildRequest(checkpoint_copy, output), quiet)
+        build_engine(BuildRequest(checkpoint_copy, output))
     assert Manifest.load(output) == manifest
 
 
 def test_a_foreign_directory_is_not_overwritten(odd_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match="exists and is not an engine directory"):
-        build_engine(BuildRequest(odd_checkpoint, tmp_path), quiet)
+        build_engine(BuildRequest(odd_checkpoint, tmp_path))
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -134,7 +131,13 @@ def test_the_command_reports_errors_in_one_line(odd_checkpoint: Path, tmp_path: 
 def test_the_grouped_and_the_dense_experts_agree(odd_checkpoint: Path, odd_engine: Path, tmp_path: Path) -> None:
     """The dense lowering, which TensorRT gets, computes what the grouped one does; both under the same engine."""
     dense = Path(shutil.copytree(odd_engine, tmp_path / "dense"))
-    write_graph(Checkpoint(odd_checkpoint), dense / "model.onnx", Lowering(moe="dense"))
+    checkpoint = Checkpoint(odd_checkpoint)
+    graph = author_graph(checkpoint.config, checkpoint, Lowering(moe="dense"))
+    data = dense / "model.onnx.data"
+    data.unlink()
+    allocate(data, size_of(graph.placed()))
+    graph.save(dense / "model.onnx", data.name, "test", {})
+    write_weights(data, graph.placed(), lambda nbytes: None)
     manifest = Manifest.load(dense, verify_hashes=False)
     replace(manifest, files={}).save(dense)
     rng = np.random.default_rng(0)

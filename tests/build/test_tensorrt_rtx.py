@@ -16,7 +16,7 @@ DEMO = Path(__file__).parents[2] / "build" / "checkpoints" / "demo"
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_demo_checkpoint_builds_with_its_whole_context(tmp_path: Path, precision: str) -> None:
     request = BuildRequest(DEMO, tmp_path / "engine", "tensorrt_rtx", precision, max_batch_size=1)
-    build_engine(request, lambda text: None)
+    build_engine(request)
     manifest = Manifest.load(tmp_path / "engine")
     assert (manifest.backend, manifest.precision, manifest.max_model_len) == ("tensorrt_rtx", precision, 262_144)
     assert manifest.target == "sm_89,sm_120"

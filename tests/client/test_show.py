@@ -130,7 +130,7 @@ def test_the_noise_is_the_runtime_s_with_dots_for_what_is_no_text(tmp_path: Path
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("{}")
     model = ModelSpec(4, 8, 16, 8, 64, (LayerSpec("full_attention", 1, 8),))
-    Manifest(model, "c", "0", "onnxruntime", "1", "cpu", "fp32", "0", 64, 0, {}, {}).save(tmp_path)
+    Manifest(model, "c", "0", "onnxruntime", "1", "cpu", "fp32", "fp32", "0", 64, 0, {}, {}).save(tmp_path)
     ids = CanvasNoise(demo.SEED, 0, 16, 4).initial()
     assert demo.noise_of(tmp_path) == "".join(["·", "a", " b", "·"][token] for token in ids)
 

@@ -40,7 +40,7 @@ def engine_directory(checkpoint: Named, tmp_path_factory: pytest.TempPathFactory
     @cache
     def directory(name: str) -> Path:
         output = tmp_path_factory.mktemp("engines") / name
-        build_engine(BuildRequest(checkpoint(name), output), lambda text: None)
+        build_engine(BuildRequest(checkpoint(name), output))
         return output
 
     return directory

@@ -49,7 +49,7 @@ class Setting:
         if name not in self._engines:
             output = GENERATED / "engines" / name
             output.parent.mkdir(parents=True, exist_ok=True)
-            build_engine(BuildRequest(self.checkpoint(name), output), lambda text: None)
+            build_engine(BuildRequest(self.checkpoint(name), output))
             self._engines[name] = output
         return self._engines[name]
 

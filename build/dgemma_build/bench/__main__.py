@@ -50,7 +50,7 @@ def prepare(scenario: Scenario) -> None:
     if scenario.checkpoint.is_relative_to(GENERATED):
         write_checkpoint(scenario.checkpoint, scenario.checkpoint.name)
     scenario.engine.parent.mkdir(parents=True, exist_ok=True)
-    build_engine(BuildRequest(scenario.checkpoint, scenario.engine), lambda text: None)
+    build_engine(BuildRequest(scenario.checkpoint, scenario.engine))
 
 
 def run(quick: bool, compiled: bool, console: Console) -> list[Cell]:

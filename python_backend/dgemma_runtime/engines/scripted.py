@@ -65,6 +65,7 @@ def scripted_manifest(
         backend_version="1",
         target="cpu",
         precision="fp32",
+        kv_dtype="fp32",
         onnx_sha256="",
         max_model_len=max_model_len,
         max_batch_size=0,
