@@ -1,0 +1,84 @@
+"""The command `dgemma-build plan`. Knows its options and where output goes; the arithmetic is elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dgemma_build.plan.cards import CARDS, cards_named, given_card
+from dgemma_build.plan.options import DEFAULT_GROUP, DEFAULT_RESERVE_GB, KV_PRECISIONS, PRECISIONS, PlanOptions
+from dgemma_build.plan.planner import Model, make_plan
+from dgemma_build.plan.released import model_config
+from dgemma_build.plan.report import render, to_json
+
+_DEFAULT_PRECISIONS = ["bf16", "fp8", "int4"]
+_WIDTH = 120  # columns, of what does not go to a terminal
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Checkpoint directory; only its config.json is read.", show_default="the released 26B-A4B"),
+]
+Gpu = Annotated[list[str] | None, typer.Option(help=f"{', '.join(CARDS)}; may be repeated.", show_default="all")]
+MemoryGb = Annotated[float | None, typer.Option(help="A GPU of given numbers: memory, 10^9 bytes.")]
+BandwidthGbs = Annotated[float | None, typer.Option(help="Its bandwidth, 10^9 bytes per second.")]
+Tflops = Annotated[float | None, typer.Option(help="Its dense TFLOPS at the precision asked for.")]
+Precision = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{', '.join(PRECISIONS)}; may be repeated.", show_default=", ".join(_DEFAULT_PRECISIONS)),
+]
+KvPrecision = Annotated[str, typer.Option(help=f"{', '.join(KV_PRECISIONS)}.", show_default="as the activations")]
+Int4GroupSize = Annotated[int, typer.Option(help="Weights that share a scale.")]
+Fp8Embedding = Annotated[
+    bool, typer.Option("--fp8-embedding", help="With fp8 and int4: the embedding (and head) in fp8, not bf16.")
+]
+MaxBatchSize = Annotated[int | None, typer.Option(help="Canvases in one step.", show_default="as many as fit")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Tokens, prompt and output together.", show_default="the model's")
+]
+Plugins = Annotated[
+    bool, typer.Option("--plugins", help="Take fused kernels for granted: no logits, no attention scores.")
+]
+ReserveGb = Annotated[float, typer.Option(help="Memory that CUDA and the library take for themselves.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of tables.")]
+Picture = Annotated[Path | None, typer.Option(help="Also draw the memory as SVG into this file.")]
+
+
+def plan_command(
+    checkpoint: Checkpoint = None,
+    gpu: Gpu = None,
+    memory_gb: MemoryGb = None,
+    bandwidth_gbs: BandwidthGbs = None,
+    tflops: Tflops = None,
+    precision: Precision = None,
+    kv_precision: KvPrecision = "",
+    int4_group_size: Int4GroupSize = DEFAULT_GROUP,
+    fp8_embedding: Fp8Embedding = False,
+    max_batch_size: MaxBatchSize = None,
+    max_model_len: MaxModelLen = None,
+    plugins: Plugins = False,
+    reserve_gb: ReserveGb = DEFAULT_RESERVE_GB,
+    json_output: Json = False,
+    picture: Picture = None,
+) -> None:
+    """Say what would fit on a GPU, and how fast a step could be, before anything is built."""
+    given = given_card(memory_gb, bandwidth_gbs, tflops)
+    named = cards_named(gpu if gpu is not None else [] if given else list(CARDS))
+    rest = (kv_precision, int4_group_size, fp8_embedding, max_batch_size, max_model_len, plugins, reserve_gb)
+    recipes = [PlanOptions(name, *rest) for name in dict.fromkeys(precision or _DEFAULT_PRECISIONS)]
+    model = Model(*model_config(checkpoint))
+    plans = make_plan(model, recipes, [*named, *([given] if given else [])])
+    if json_output:
+        typer.echo(json.dumps(to_json(model, plans), indent=2))
+    else:
+        fixed = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+        Console(width=_WIDTH if fixed else None).print(render(model, plans))
+    if picture is not None:
+        from dgemma_build.plan.picture import draw  # matplotlib comes with the extra `bench` only
+
+        draw(model, plans, picture)

@@ -1,0 +1,212 @@
+"""A plan as tables for a person and as JSON for a program. Knows no arithmetic of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dgemma_build.plan.floor import StepFloor
+from dgemma_build.plan.kv import KvSizes
+from dgemma_build.plan.options import PlanOptions
+from dgemma_build.plan.planner import CardPlan, ContextPlan, Model, context_lengths
+from dgemma_build.plan.weights import PARTS
+
+JSON_VERSION = 1
+PART_TITLES = dict(
+    zip(PARTS, ("experts", "attention", "dense MLP", "embedding, head", "self-cond.", "router, norms"), strict=True)
+)
+
+
+def tokens(count: int) -> str:
+    """8k for 8,192; other numbers as they are."""
+    return f"{count // 1024}k" if count % 1024 == 0 else f"{count:,}"
+
+
+def gigabytes(size: int) -> str:
+    """Decimal, for tables; small models keep their digits."""
+    return f"{size / 1e9:,.2f}" if size >= 5e6 else f"{size / 1e9:.4f}"
+
+
+def recipe_name(options: PlanOptions) -> str:
+    """What sets a recipe apart, for a row's label."""
+    kv = f", kv {options.kv}" if options.kv != options.activations else ""
+    embedding = ", emb fp8" if options.quantised and options.fp8_embedding else ""
+    return f"{options.precision}{kv}{embedding}"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def render(model: Model, plans: Sequence[CardPlan]) -> Group:
+    """Weights, keys and values, GPUs, and what would make fit what does not."""
+    recipes = {plan.options: plan for plan in plans}
+    first = plans[0]
+    spec = model.config.spec
+    kernels = "fused kernels (plugins)" if first.options.plugins else "the plugin-free graph"
+    limit = first.options.max_batch_size
+    heading = Text.assemble(
+        (model.name, "bold"),
+        f": {model.elements / 1e9:,.2f} B weights, canvas of {spec.canvas_length}, context up to "
+        f"{spec.max_position_embeddings:,}; {kernels}; "
+        + (f"at most {limit} canvases a step" if limit else "a canvas of every sequence in a step"),
+    )
+    parts: list[RenderableType] = [
+        heading,
+        _weights_table(list(recipes.values())),
+        _kv_table(model, list(recipes)),
+        _card_table(plans),
+    ]
+    if notes := _notes(plans):
+        parts.append(notes)
+    remark = "\nGB are 10^9 bytes. Floors are from peak figures and the work that no engine can leave out."
+    if not first.options.plugins:
+        remark += "\nThe plugin-free graph runs every expert over every token besides, which tells in large batches."
+    parts.append(Text(remark, "dim"))
+    return Group(*parts)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+
+
+def _weights_table(plans: Sequence[CardPlan]) -> Table:
+    table = _table("\nWeights, GB")
+    table.add_column("precision")
+    for part in PARTS:
+        table.add_column(PART_TITLES[part], justify="right")
+    table.add_column("all", justify="right", style="bold")
+    for plan in plans:
+        sizes = [gigabytes(plan.parts[part]) for part in PARTS]
+        table.add_row(recipe_name(plan.options), *sizes, gigabytes(plan.weights_bytes))
+    return table
+
+
+def _kv_table(model: Model, recipes: Sequence[PlanOptions]) -> Table:
+    lengths = context_lengths(model, recipes[0].max_model_len)
+    table = _table("\nKeys and values of a sequence")
+    for name in ("precision", "full, B/token", "sliding, B/token", "tokens kept"):
+        table.add_column(name, justify="left" if name == "precision" else "right")
+    for length in lengths:
+        table.add_column(f"{tokens(length)}, GB", justify="right")
+    for precision, options in {options.kv: options for options in recipes}.items():
+        kv = model.kv(options)
+        sizes = [gigabytes(kv.reserved_bytes(length)) for length in lengths]
+        table.add_row(
+            precision, f"{kv.full_token_bytes:,}", f"{kv.sliding_token_bytes:,}", f"{kv.window - 1:,}", *sizes
+        )
+    return table
+
+
+def _card_table(plans: Sequence[CardPlan]) -> Table:
+    shortest = plans[0].contexts[0].context
+    table = _table(f"\nSequences that fit, by context; scratch and least ms of a step at {tokens(shortest)}")
+    table.add_column("GPU", no_wrap=True)
+    table.add_column("precision")
+    table.add_column("weights", justify="right")
+    table.add_column("scratch", justify="right")
+    for item in plans[0].contexts:
+        table.add_column(tokens(item.context), justify="right")
+    table.add_column("one canvas", justify="right")
+    table.add_column("all that fit", justify="right")
+    previous = ""
+    for plan in plans:
+        first = plan.contexts[0]
+        title = plan.card.title if plan.card.title != previous else ""
+        previous = plan.card.title
+        counts = [_count(item) for item in plan.contexts]
+        table.add_row(
+            title,
+            recipe_name(plan.options),
+            gigabytes(plan.weights_bytes),
+            gigabytes(first.scratch.total),
+            *counts,
+            _step(first.step_one) if first.sequences else "-",
+            _step(first.step_all) if first.step_all else "-",
+        )
+    return table
+
+
+def _count(item: ContextPlan) -> Text:
+    return Text(f"{item.sequences:,}", "green") if item.sequences else Text("no", "red")
+
+
+def _step(step: StepFloor) -> str:
+    return f"{step.ms:,.1f} {step.bound}"
+
+
+def _notes(plans: Sequence[CardPlan]) -> Table | None:
+    table = _table("\nWhat does not fit, and what would make it fit")
+    for name in ("GPU", "precision", "context"):
+        table.add_column(name)
+    table.add_column("short of", justify="right")
+    table.add_column("any of")
+    for plan in plans:
+        lacking = [item for item in plan.contexts if not item.sequences]
+        for remedies, group in groupby(lacking, key=lambda item: item.remedies):  # mostly the same for all lengths
+            items = list(group)
+            lengths = ", ".join(tokens(item.context) for item in items)
+            missing = " to ".join(dict.fromkeys(f"{items[end].missing_bytes / 1e9:,.1f}" for end in (0, -1)))
+            table.add_row(plan.card.title, recipe_name(plan.options), lengths, f"{missing} GB", "; ".join(remedies))
+    return table if table.row_count else None
+
+
+# ---------------------------------------------------------------- JSON
+
+
+def to_json(model: Model, plans: Sequence[CardPlan]) -> dict[str, Any]:
+    """The whole plan; sizes in bytes, times in milliseconds."""
+    spec = model.config.spec
+    return {
+        "version": JSON_VERSION,
+        "model": {
+            "name": model.name,
+            "weights": model.elements,
+            "canvas_length": spec.canvas_length,
+            "sliding_window": spec.sliding_window,
+            "max_position_embeddings": spec.max_position_embeddings,
+        },
+        "plans": [_card_json(plan, model.kv(plan.options)) for plan in plans],
+    }
+
+
+def _card_json(plan: CardPlan, kv: KvSizes) -> dict[str, Any]:
+    options = plan.options
+    return {
+        "gpu": asdict(plan.card),
+        "options": asdict(options) | {"kv_precision": options.kv},
+        "weights_bytes": plan.weights_bytes,
+        "weights_bytes_by_part": plan.parts,
+        "reserve_bytes": plan.reserve_bytes,
+        "kv_bytes_per_token": {"full": kv.full_token_bytes, "sliding": kv.sliding_token_bytes},
+        "contexts": [_context_json(item) for item in plan.contexts],
+    }
+
+
+def _context_json(item: ContextPlan) -> dict[str, Any]:
+    return {
+        "context": item.context,
+        "fits": item.sequences > 0,
+        "sequences": item.sequences,
+        "kv_bytes_per_sequence": item.kv_bytes,
+        "scratch_bytes": asdict(item.scratch) | {"total": item.scratch.total},
+        "missing_bytes": item.missing_bytes,
+        "remedies": list(item.remedies),
+        "step_floor_one_canvas": _step_json(item.step_one),
+        "step_floor_all_that_fit": _step_json(item.step_all) if item.step_all else None,
+    }
+
+
+def _step_json(step: StepFloor) -> dict[str, Any]:
+    return {
+        "canvases": step.batch,
+        "bytes_ms": round(step.bytes_ms, 4),
+        "flops_ms": round(step.flops_ms, 4),
+        "ms": round(step.ms, 4),
+        "bound": step.bound,
+    }

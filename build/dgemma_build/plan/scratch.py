@@ -1,0 +1,80 @@
+"""Bytes an engine works in beside weights and KV pages. An estimate from the graph's shapes; knows no GPU.
+
+What is alive at once in the widest stage of one layer is counted, not what a library's planner makes of it. Prefill
+and denoising run one after the other in the same memory, so the larger of the two counts. Two lowerings:
+
+- plugin-free (the ONNX graph as written): experts as dense products over all tokens, logits and probabilities of all
+  canvases of a step in fp32, attention decomposed into scores, `TILE_ROWS` folded query rows of one sequence at a
+  time (fp32 scores and probabilities in the activations' precision), and its additive masks;
+- plugins: experts on their own tokens only, no scores, no logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dgemma_build.checkpoint import TextConfig
+from dgemma_build.plan.kv import PREFILL_CHUNK, KvSizes
+from dgemma_build.plan.options import ELEMENT_BYTES, PlanOptions
+from dgemma_runtime.contract import FULL, LayerSpec
+
+TILE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Bytes at one batch size and context."""
+
+    prefill: int  # activations of one chunk
+    canvases: int  # activations of all canvases
+    logits: int  # of all canvases
+    attention: int  # decomposed scores and masks, the larger of prefill and denoising
+    canvas_kv: int  # keys and values behind the context
+    soft: int  # soft embeddings, of the previous step and of the next
+
+    @property
+    def total(self) -> int:
+        """Prefill and denoising share their memory."""
+        return max(self.prefill, self.canvases + self.logits) + self.attention + self.canvas_kv + self.soft
+
+
+def scratch_bytes(config: TextConfig, options: PlanOptions, batch: int, context: int) -> Scratch:
+    """For `batch` canvases in a step, each behind `context` tokens."""
+    spec, element = config.spec, ELEMENT_BYTES[options.activations]
+    tokens = batch * spec.canvas_length
+    chunk = min(PREFILL_CHUNK, context)
+    kv = KvSizes.of(spec, ELEMENT_BYTES[options.kv])
+    logits = 0 if options.plugins else tokens * spec.vocab_size * (4 + 4 + (element if element < 4 else 0))
+    attention = 0
+    if not options.plugins:
+        masks = max(batch * spec.canvas_length, chunk) * (context + spec.canvas_length) * element
+        attention = masks + max(_scores(config, layer, context, element) for layer in spec.layers)
+    return Scratch(
+        prefill=_activations(config, chunk, element, options.plugins),
+        canvases=_activations(config, tokens, element, options.plugins),
+        logits=logits,
+        attention=attention,
+        canvas_kv=batch * kv.canvas_bytes(),
+        soft=2 * tokens * spec.hidden_size * element,
+    )
+
+
+def _activations(config: TextConfig, tokens: int, element: int, plugins: bool) -> int:
+    """Residual, its norm, and the widest of attention's projections and the experts' intermediate values."""
+    hidden, inner = config.spec.hidden_size, config.moe_intermediate_size
+    heads = config.num_attention_heads
+    attention = max(2 * (heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in config.spec.layers)
+    copies = config.top_k_experts if plugins else config.num_experts
+    experts = copies * max(3 * inner, inner + hidden)
+    if plugins:  # tokens are gathered by expert first
+        experts += copies * hidden
+    return tokens * element * (2 * hidden + max(attention, experts))
+
+
+def _scores(config: TextConfig, layer: LayerSpec, context: int, element: int) -> int:
+    """Scores and probabilities of one tile in one layer; the query heads of a KV head are folded into rows."""
+    spec = config.spec
+    folded = spec.canvas_length * config.num_attention_heads // layer.num_key_value_heads
+    behind = context if layer.kind == FULL else min(context, spec.sliding_window - 1)
+    rows = min(TILE_ROWS, folded) * layer.num_key_value_heads
+    return rows * (behind + spec.canvas_length) * (4 + element)
