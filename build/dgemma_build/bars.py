@@ -23,7 +23,15 @@ class Bars:
     def __init__(self, console: Console) -> None:
         columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         text = TextColumn("{task.description}", markup=False)
-        self._bars = Progress(SpinnerColumn(), text, BarColumn(), *columns, console=console, transient=True)
+        self._bars = Progress(
+            SpinnerColumn(),
+            text,
+            BarColumn(),
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         self._console = console
         self._task: TaskID | None = None
 

@@ -34,7 +34,7 @@ def add_head(w: GraphWriter, normed: str, embedding: str, config: TextConfig, dt
     per_row = w.op("Div", w.const(cap, f32), w.op("Unsqueeze", "temperature", w.const([1])))
     scale = w.op("Reshape", w.op("Expand", per_row, rows), w.const([-1, 1]))  # [R * L, 1]
     logits = w.op("Mul", capped, scale)  # tempered, [R * L, V]
-    probabilities = w.op("Softmax", logits, axis=-1)
+    probabilities = w.op("Softmax", logits, axis=-1, to="probabilities")
 
     # No Reduce operator here: a call without canvas rows has empty arrays, which onnxruntime 1.31 reduces to a wrong
     # shape. TopK and products with ones do the same.

@@ -44,14 +44,15 @@ class Setting:
             return ROOT / "build/checkpoints/demo"
         return write_checkpoint(GENERATED / "checkpoints" / name, name)
 
-    def engine(self, name: str) -> Path:
+    def engine(self, name: str, precision: str = "fp32") -> Path:
         """Built from the present sources."""
-        if name not in self._engines:
-            output = GENERATED / "engines" / name
+        key = f"{name}-{precision}"
+        if key not in self._engines:
+            output = GENERATED / "engines" / key
             output.parent.mkdir(parents=True, exist_ok=True)
-            build_engine(BuildRequest(self.checkpoint(name), output))
-            self._engines[name] = output
-        return self._engines[name]
+            build_engine(BuildRequest(self.checkpoint(name), output, precision=precision))
+            self._engines[key] = output
+        return self._engines[key]
 
     def oracle(self, name: str) -> Model:
         """One thread: these models are too small to share, and its numbers depend on it."""

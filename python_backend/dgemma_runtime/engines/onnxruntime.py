@@ -68,9 +68,13 @@ class _Buffers:
 
     def run(self, session: ort.InferenceSession, rows: int) -> None:
         """One call over the first `rows` rows."""
+        session.run_with_iobinding(self.binding(session, rows))
+
+    def binding(self, session: ort.InferenceSession, rows: int) -> ort.IOBinding:
+        """Of the first `rows` rows to the graph's inputs and outputs."""
         if rows not in self._bindings:
             self._bindings[rows] = self._bind(session, rows)
-        session.run_with_iobinding(self._bindings[rows])
+        return self._bindings[rows]
 
     def _bind(self, session: ort.InferenceSession, rows: int) -> ort.IOBinding:
         binding = session.io_binding()
