@@ -1,4 +1,4 @@
-"""The command `dgemma-build`: engine, verify. Knows how to talk to a person; the work is elsewhere."""
+"""The command `dgemma-build`: engine, plan, verify. Knows how to talk to a person; the work is elsewhere."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from rich.console import Console
 
 from dgemma_build.bars import Bars
 from dgemma_build.engine import BuildRequest, build_engine
+from dgemma_build.plan.command import plan_command
 from dgemma_runtime.errors import DGemmaError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Build engines for DiffusionGemma."
 )
 console = Console(stderr=True)
+
+app.command("plan")(plan_command)
 
 CheckpointOption = Annotated[Path, typer.Option(help="Checkpoint directory in transformers' format.")]
 
@@ -28,7 +31,7 @@ def engine(
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="Engine directory to write; replaced as a whole when complete.")],
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt_rtx.")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="fp32 (onnxruntime); bf16 or fp16 (tensorrt_rtx).")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, int8 or int4 (onnxruntime); bf16 or fp16 (tensorrt_rtx).")] = "fp32",
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens, prompt and output together.", show_default="the checkpoint's")
     ] = None,
