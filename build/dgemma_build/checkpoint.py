@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,11 @@ Array = npt.NDArray[Any]
 _DECODER = "model.decoder."
 _ENCODER = "model.encoder.language_model."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+_ARCHITECTURE = "DiffusionGemma"  # what the name of every class that holds these weights begins with
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+# The bits of the exponent: all of them are set in NaN and infinity, and in nothing else.
+_EXPONENT = {"F32": 0x7F80_0000, "BF16": 0x7F80, "F16": 0x7C00}
+_PIECE = 1 << 20  # values looked at together, few enough to stay in a cache
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,34 @@ class TextConfig:
     rope: dict[str, Rope]  # by layer kind
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where one tensor lies: `offset` is in bytes from the start of the file."""
+
+    path: Path
+    dtype: str  # as safetensors writes it
+    shape: tuple[int, ...]
+    offset: int
+
+
 class Checkpoint:
     """An opened checkpoint directory: its config and its text tensors by canonical name.
 
-    Raises CheckpointError, naming file, key or tensor, for anything missing, unknown or misshapen.
+    Opening reads only headers. A tensor is read when it is asked for, into memory of its own: files are not mapped.
+    Raises CheckpointError, naming file, key or tensor, for anything missing, unknown, misshapen or misplaced.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        raw = _read_json(directory / "config.json")
+        config_file = directory / "config.json"
+        raw = _read_json(config_file)
         if raw.get("model_type") != "diffusion_gemma":
-            raise CheckpointError(
-                f"{directory / 'config.json'}: model_type is {raw.get('model_type')!r}, expected 'diffusion_gemma'"
-            )
-        self.config = _text_config(raw, directory / "config.json")
-        self._where = self._index()
+            raise CheckpointError(f"{config_file}: model_type is {raw.get('model_type')!r}, expected 'diffusion_gemma'")
+        names = raw.get("architectures") or [_ARCHITECTURE]
+        if not isinstance(names, list) or not any(str(name).startswith(_ARCHITECTURE) for name in names):
+            raise CheckpointError(f"{config_file}: architectures is {names!r}, expected a class of {_ARCHITECTURE}")
+        self.config = _text_config(raw, config_file)
+        self._where = self._stored_tensors()
         self.left_out = tuple(sorted(name for name in self._where if name.startswith(_VISION)))
         self._canonical = self._match()
 
@@ -79,59 +98,89 @@ class Checkpoint:
         return self._canonical.keys()
 
     def tensor(self, name: str) -> Array:
-        """One text tensor in its stored dtype (float32, bfloat16 or float16)."""
-        stored = self._canonical[name]
-        with safe_open(self._where[stored], framework="numpy") as file:
-            array: Array = file.get_tensor(stored)
-        return array
+        """One text tensor in its stored dtype (float32, bfloat16 or float16); raises if it holds NaN or infinity."""
+        return self._read(self._canonical[name])
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
-        """One text tensor as float32 (exact for bfloat16 and float16); raises if it holds NaN or infinity."""
-        array = self.tensor(name).astype(np.float32)
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{self._canonical[name]}: holds NaN or infinite values")
-        return array
+        """`tensor(name)` as float32, exact for every stored dtype."""
+        return _widened(self._read(self._canonical[name]))
 
     def float32_slice(self, name: str, index: int | slice) -> npt.NDArray[np.float32]:
         """`float32(name)[index]`, reading no more than that: one expert of a stack, some rows of the embedding."""
-        stored = self._canonical[name]
-        with safe_open(self._where[stored], framework="numpy") as file:
-            array: npt.NDArray[np.float32] = file.get_slice(stored)[index].astype(np.float32)
-        if not np.isfinite(array).all():
-            raise CheckpointError(f"{stored}[{index}]: holds NaN or infinite values")
-        return array
+        return _widened(self._read(self._canonical[name], index))
 
     def sha256(self) -> str:
         """Hash over the names and contents of config and weight files."""
         digest = hashlib.sha256()
-        for path in [self.directory / "config.json", *sorted(set(self._where.values()))]:
+        paths = sorted({stored.path for stored in self._where.values()})
+        for path in [self.directory / "config.json", *paths]:
             digest.update(f"{path.name} {file_sha256(path)}\n".encode())
         return digest.hexdigest()
 
-    def _index(self) -> dict[str, Path]:
+    def _read(self, name: str, index: int | slice | None = None) -> Array:
+        """The tensor stored as `name`, or the part of it at `index` of its first axis; all its values are finite."""
+        stored = self._where[name]
+        dtype, shape, skipped = _DTYPES[stored.dtype], stored.shape, 0
+        if index is not None:
+            rows = range(shape[0])[index]
+            assert isinstance(rows, int) or rows.step == 1
+            shape, skipped = (shape[1:], rows) if isinstance(rows, int) else ((len(rows), *shape[1:]), rows.start)
+        size = math.prod(shape) * dtype.itemsize
+        offset = stored.offset + skipped * math.prod(stored.shape[1:]) * dtype.itemsize
+        try:
+            content = np.fromfile(stored.path, np.uint8, size, offset=offset)
+        except OSError as error:
+            raise CheckpointError(f"{stored.path}: not readable ({error})") from None
+        if content.size != size:
+            raise CheckpointError(f"{stored.path}: ends within {name}; the file changed after it was opened")
+        exponent, bits = _EXPONENT[stored.dtype], content.view(f"<u{dtype.itemsize}")
+        for start in range(0, bits.size, _PIECE):
+            if ((bits[start : start + _PIECE] & exponent) == exponent).any():
+                raise CheckpointError(f"{name}{'' if index is None else f'[{index}]'}: holds NaN or infinite values")
+        return content.view(dtype).reshape(shape)
+
+    def _stored_tensors(self) -> dict[str, _Stored]:
+        """Every tensor of the weight files by stored name; an index must tell the truth about each of them."""
         index_file = self.directory / "model.safetensors.index.json"
-        if index_file.exists():
-            weight_map = _read_json(index_file).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index_file}: has no weight_map")
-            shards = sorted(set(weight_map.values()))
-        else:
-            weight_map, shards = None, ["model.safetensors"]
-        where: dict[str, Path] = {}
-        for shard in shards:
-            path = self.directory / str(shard)
-            if not path.resolve().is_relative_to(self.directory.resolve()):
-                raise CheckpointError(f"{index_file}: the shard {shard!r} lies outside of the checkpoint directory")
-            if not path.is_file():
-                raise CheckpointError(f"{path}: weight file not found; the checkpoint is incomplete")
-            try:
-                with safe_open(path, framework="numpy") as file:
-                    where |= dict.fromkeys(file.keys(), path)
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
-        if weight_map is not None and (lost := sorted(set(weight_map) - set(where))):
+        if not index_file.exists():
+            return _header(self._weight_file("model.safetensors"))
+        if (self.directory / "model.safetensors").exists():
+            raise CheckpointError(f"{index_file}: model.safetensors is there too; remove what does not belong")
+        weight_map = _read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{index_file}: has no weight_map from tensors to files")
+        where: dict[str, _Stored] = {}
+        for shard in sorted(set(weight_map.values())):
+            for name, stored in _header(self._weight_file(shard)).items():
+                if name in where:
+                    raise CheckpointError(f"{self.directory}: {name} is both in {where[name].path.name} and in {shard}")
+                where[name] = stored
+        if lost := sorted(set(weight_map) - set(where)):
             raise CheckpointError(f"{index_file}: lists tensors that no shard holds: {_some(lost)}")
+        if unlisted := sorted(set(where) - set(weight_map)):
+            raise CheckpointError(f"{index_file}: does not list what the shards hold: {_some(unlisted)}")
+        for name, stored in where.items():
+            if stored.path != self.directory / weight_map[name]:
+                raise CheckpointError(f"{index_file}: lists {name} in {weight_map[name]}, it is in {stored.path.name}")
         return where
+
+    def _weight_file(self, name: str) -> Path:
+        """The file `name` of the directory; neither the name nor a link may lead out of it.
+
+        A download cache keeps its files in `blobs` and links to them from `snapshots/REVISION`; that is inside.
+        """
+        path, home = self.directory / name, self.directory.resolve()
+        homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+        try:
+            target, found = path.resolve(), path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # a name too long or with a zero byte; links in a circle
+            raise CheckpointError(f"{self.directory}: {name!r} names no weight file ({error})") from None
+        plain = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not plain or not any(target.is_relative_to(folder) for folder in homes):
+            raise CheckpointError(f"{path}: this weight file lies outside of the checkpoint directory, at {target}")
+        if not found:
+            raise CheckpointError(f"{path}: weight file not found; the checkpoint is incomplete")
+        return path
 
     def _match(self) -> dict[str, str]:
         expected = expected_shapes(self.config)
@@ -143,21 +192,21 @@ class Checkpoint:
             name = canonical_name(stored)
             if name not in expected:
                 unknown.append(stored)
-            elif name not in found:
-                found[name] = stored
+                continue
+            where, first = self._where[stored], found.setdefault(name, stored)
+            if where.shape != expected[name]:
+                raise CheckpointError(
+                    f"{stored}: shape is {list(where.shape)}, the config asks for {list(expected[name])}"
+                )
+            if where.dtype not in _DTYPES:
+                raise CheckpointError(f"{stored}: dtype is {where.dtype}, expected one of {', '.join(_DTYPES)}")
+            if first != stored and not np.array_equal(self._read(first), self._read(stored)):
+                raise CheckpointError(f"{stored}: differs from {first}; encoder and decoder share this weight")
         missing = sorted(set(expected) - set(found))
         if unknown or missing:
             parts = [f"missing {_some(missing)}"] if missing else []
             parts += [f"unknown {_some(unknown)}"] if unknown else []
             raise CheckpointError(f"{self.directory}: tensors do not match the config: {'; '.join(parts)}")
-        for name, stored in found.items():
-            with safe_open(self._where[stored], framework="numpy") as file:
-                view = file.get_slice(stored)
-                shape, dtype = tuple(view.get_shape()), view.get_dtype()
-            if shape != expected[name]:
-                raise CheckpointError(f"{stored}: shape is {list(shape)}, the config asks for {list(expected[name])}")
-            if dtype not in _DTYPES:
-                raise CheckpointError(f"{stored}: dtype is {dtype}, expected one of {', '.join(_DTYPES)}")
         return found
 
 
@@ -223,54 +272,96 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _header(path: Path) -> dict[str, _Stored]:
+    """Every tensor of one safetensors file by stored name.
+
+    The library holds the header to the file (sizes, gaps, overlaps, length) but does not tell offsets.
+    """
+    try:
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
+
+
+def _widened(array: Array) -> npt.NDArray[np.float32]:
+    """The same values as float32; bfloat16 is the upper half of float32."""
+    if array.dtype != _DTYPES["BF16"]:
+        return array.astype(np.float32, copy=False)
+    return (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def _some(names: list[str], limit: int = 6) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+class _Fields:
+    """The values of the text config, each checked when it is asked for."""
+
+    def __init__(self, values: dict[str, Any], path: Path) -> None:
+        self.values, self.path = values, path
+
+    def need(self, key: str, kind: type = object) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            raise CheckpointError(f"{self.path}: text_config.{key} is missing")
+        if not isinstance(value, kind):
+            raise self.wrong(key, value, f"a {kind.__name__}")
+        return value
+
+    def count(self, key: str, override: object = None) -> int:
+        value = override or self.need(key)
+        if type(value) is not int or value < 1:
+            raise self.wrong(key, value, "a whole number above 0")
+        return value
+
+    def wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: text_config.{key} is {value!r}, expected {expected}")
 
 
 def _text_config(raw: dict[str, Any], path: Path) -> TextConfig:
     text = raw.get("text_config")
     if not isinstance(text, dict):
         raise CheckpointError(f"{path}: has no text_config")
-
-    def need(key: str) -> Any:
-        if text.get(key) is None:
-            raise CheckpointError(f"{path}: text_config.{key} is missing")
-        return text[key]
-
+    fields = _Fields(text, path)
     for key, supported in _FIXED.items():
         if text.get(key, supported[0]) not in supported:
-            raise CheckpointError(
-                f"{path}: text_config.{key} is {text[key]!r}, supported: {', '.join(map(repr, supported))}"
-            )
-    kinds = need("layer_types")
-    if len(kinds) != need("num_hidden_layers") or set(kinds) - {SLIDING, FULL}:
+            raise fields.wrong(key, text[key], " or ".join(map(repr, supported)))
+    kinds = fields.need("layer_types", list)
+    if len(kinds) != fields.count("num_hidden_layers") or any(kind not in (SLIDING, FULL) for kind in kinds):
         raise CheckpointError(f"{path}: text_config.layer_types does not fit num_hidden_layers={len(kinds)}: {kinds}")
-    layers = tuple(_layer_spec(text, index, kind) for index, kind in enumerate(kinds))
+    layers = tuple(_layer_spec(fields, index, kind) for index, kind in enumerate(kinds))
     spec = ModelSpec(
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
+        vocab_size=fields.count("vocab_size"),
+        hidden_size=fields.count("hidden_size"),
         canvas_length=raw.get("canvas_length") or 256,
-        sliding_window=need("sliding_window"),
-        max_position_embeddings=need("max_position_embeddings"),
+        sliding_window=fields.count("sliding_window"),
+        max_position_embeddings=fields.count("max_position_embeddings"),
         layers=layers,
     )
-    rope = {layer.kind: Rope(_inverse_frequencies(need("rope_parameters"), layer, path)) for layer in layers}
     return TextConfig(
         spec=spec,
-        num_attention_heads=need("num_attention_heads"),
-        intermediate_size=need("intermediate_size"),
-        num_experts=need("num_experts"),
-        top_k_experts=need("top_k_experts"),
-        moe_intermediate_size=need("moe_intermediate_size"),
-        rms_norm_eps=float(need("rms_norm_eps")),
-        final_logit_softcapping=float(text.get("final_logit_softcapping", 30.0)),
-        rope=rope,
+        num_attention_heads=fields.count("num_attention_heads"),
+        intermediate_size=fields.count("intermediate_size"),
+        num_experts=fields.count("num_experts"),
+        top_k_experts=fields.count("top_k_experts"),
+        moe_intermediate_size=fields.count("moe_intermediate_size"),
+        rms_norm_eps=fields.need("rms_norm_eps", float),
+        final_logit_softcapping=float(text.get("final_logit_softcapping") or 30.0),
+        rope={layer.kind: Rope(_inverse_frequencies(fields, layer)) for layer in layers},
     )
 
 
 # What changes the computation in ways the graph does not cover is refused, not ignored.
 _FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("diffusion_gemma_text",),
     "hidden_activation": ("gelu_pytorch_tanh",),
     "attention_bias": (False,),
     "use_bidirectional_attention": (None, "vision"),
@@ -278,7 +369,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _layer_spec(text: dict[str, Any], index: int, kind: str) -> LayerSpec:
+def _layer_spec(fields: _Fields, index: int, kind: str) -> LayerSpec:
+    text = fields.values
     override: dict[str, Any] = {}
     if "per_layer_config" in text:
         per_layer = text["per_layer_config"] or {}
@@ -288,17 +380,18 @@ def _layer_spec(text: dict[str, Any], index: int, kind: str) -> LayerSpec:
             "head_dim": text.get("global_head_dim", 512),
             "num_key_value_heads": text.get("num_global_key_value_heads"),
         }
-    heads = override.get("num_key_value_heads") or text["num_key_value_heads"]
-    return LayerSpec(kind=kind, num_key_value_heads=heads, head_dim=override.get("head_dim") or text["head_dim"])
+    heads, dim = (fields.count(key, override.get(key)) for key in ("num_key_value_heads", "head_dim"))
+    return LayerSpec(kind=kind, num_key_value_heads=heads, head_dim=dim)
 
 
-def _inverse_frequencies(parameters: dict[str, Any], layer: LayerSpec, path: Path) -> npt.NDArray[np.float32]:
-    rope = parameters.get(layer.kind)
+def _inverse_frequencies(fields: _Fields, layer: LayerSpec) -> npt.NDArray[np.float32]:
+    rope = fields.need("rope_parameters", dict).get(layer.kind)
+    key = f"rope_parameters.{layer.kind}"
     if not isinstance(rope, dict) or rope.get("rope_type") not in ("default", "proportional"):
-        raise CheckpointError(f"{path}: rope_parameters.{layer.kind} is {rope!r}, supported: default, proportional")
+        raise fields.wrong(key, rope, "rope_type 'default' or 'proportional'")
     half, factor = layer.head_dim // 2, float(rope.get("partial_rotary_factor", 1.0))
     if rope["rope_type"] == "default" and factor != 1.0:
-        raise CheckpointError(f"{path}: rope_parameters.{layer.kind}: a partial_rotary_factor needs 'proportional'")
+        raise fields.wrong(key, rope, "'proportional' with a partial_rotary_factor")
     rotated = half if rope["rope_type"] == "default" else int(factor * layer.head_dim // 2)
     exponents = np.arange(0, 2 * rotated, 2, dtype=np.float32) / np.float32(layer.head_dim)
     frequencies = np.zeros(half, np.float32)

@@ -1,31 +1,44 @@
 """Writes genuine DiffusionGemma checkpoints with random weights, from a seed and a named shape. Knows no torch.
 
-The files are those that transformers 5.23 saves: one `model.safetensors` with every tied weight once (under
-`model.decoder.`) and both sets of layer scalars, `config.json`, `generation_config.json`, a tokenizer and a chat
-template. The odd shapes divide by nothing convenient and no norm weight or scalar in them is one, so that a wrong
-axis, a swapped scalar or a forgotten factor shows. `mid` is for benchmarks.
+The files are those that transformers 5.23 saves: every tied weight once (under `model.decoder.`) and both sets of
+layer scalars in `model.safetensors`, or, where that would be too large, in shards with an index; `config.json`,
+`generation_config.json`, a tokenizer and a chat template. The odd shapes divide by nothing convenient and no norm
+weight or scalar in them is one, so that a wrong axis, a swapped scalar or a forgotten factor shows. `mid` is for
+benchmarks. `real` has the released dimensions; its tensors go to the disk piece by piece, never whole in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import struct
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dgemma_build.demo.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, TURN_END, TURN_START, UNK
-from dgemma_build.random_shapes import SHAPES, Shape
+from dgemma_build.random_shapes import SHAPES, Shape, Weight, resized, weights
+from dgemma_runtime.errors import ConfigurationError, DGemmaError
 
 FloatArray = npt.NDArray[np.float32]
-Tensors = dict[str, FloatArray]
+Pieces = Iterable[npt.NDArray[Any]]  # a tensor's stored values, in order
+Report = Callable[[int, int], None]  # bytes written, bytes in all
 
 CHAT_TEMPLATE = Path(__file__).parent / "demo" / "chat_template.jinja"
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+_WIDTH = {"float32": 4, "bfloat16": 2}
+_PIECE = 1 << 18  # values; small enough to stay in a cache
 _VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 8,
@@ -43,134 +56,133 @@ _VISION = {
 }
 
 
-# ---------------------------------------------------------------- weights
+# ---------------------------------------------------------------- drawing
 
 
-class _Recipe:
-    """Draws the tensors of one shape in a fixed order."""
-
-    def __init__(self, shape: Shape, seed: int) -> None:
-        self.shape = shape
-        self.random = np.random.default_rng(seed)
-
-    def linear(self, rows: int, columns: int, scale: float = 1.0) -> FloatArray:
-        drawn = self.random.standard_normal((rows, columns), dtype=np.float32)
-        return np.asarray(drawn * np.float32(scale * columns**-0.5))
-
-    def around(self, centre: float, *sizes: int) -> FloatArray:
-        """Values near `centre`: exactly it in an even shape, within 40% of it in an odd one."""
-        spread = self.random.uniform(0.6, 1.4, sizes) if self.shape.odd else np.ones(sizes)
-        return np.asarray(centre * spread, dtype=np.float32)
-
-    def mlp(self, prefix: str, scale: float = 1.0) -> Tensors:
-        hidden, inner = self.shape.hidden_size, self.shape.intermediate_size
-        return {
-            f"{prefix}.gate_proj.weight": self.linear(inner, hidden),
-            f"{prefix}.up_proj.weight": self.linear(inner, hidden),
-            f"{prefix}.down_proj.weight": self.linear(hidden, inner, scale),
-        }
-
-    def attention(self, prefix: str, sliding: bool) -> Tensors:
-        shape = self.shape
-        dim = shape.head_dim if sliding else shape.global_head_dim
-        key_values = shape.num_key_value_heads if sliding else shape.num_global_key_value_heads
-        query_width = shape.num_attention_heads * dim
-        tensors = {
-            f"{prefix}.q_proj.weight": self.linear(query_width, shape.hidden_size),
-            f"{prefix}.k_proj.weight": self.linear(key_values * dim, shape.hidden_size),
-            f"{prefix}.o_proj.weight": self.linear(shape.hidden_size, query_width),
-            # Attention itself is not scaled; these put the spread of its scores near one and a half.
-            f"{prefix}.q_norm.weight": self.around(1.2 * dim**-0.25, dim),
-            f"{prefix}.k_norm.weight": self.around(1.2 * dim**-0.25, dim),
-        }
-        if sliding:
-            tensors[f"{prefix}.v_proj.weight"] = self.linear(key_values * dim, shape.hidden_size)
-        return tensors
-
-    def experts(self, prefix: str) -> Tensors:
-        shape, count, inner = self.shape, self.shape.num_experts, self.shape.moe_intermediate_size
-        gate_up = self.linear(count * 2 * inner, shape.hidden_size)
-        down = self.linear(count * shape.hidden_size, inner)
-        return {
-            f"{prefix}.experts.gate_up_proj": gate_up.reshape(count, 2 * inner, shape.hidden_size),
-            f"{prefix}.experts.down_proj": down.reshape(count, shape.hidden_size, inner),
-            f"{prefix}.router.proj.weight": self.linear(count, shape.hidden_size, shape.hidden_size**0.5),
-            f"{prefix}.router.scale": self.around(1.0, shape.hidden_size),
-            f"{prefix}.router.per_expert_scale": self.around(1.0, count),
-        }
-
-    def layer(self, index: int) -> Tensors:
-        prefix, hidden = f"model.decoder.layers.{index}", self.shape.hidden_size
-        tensors = self.attention(f"{prefix}.self_attn", self.shape.layers[index] == "s")
-        tensors |= self.mlp(f"{prefix}.mlp")
-        tensors |= self.experts(prefix)
-        branch = self.shape.branch_scale
-        for name, centre in (
-            ("input_layernorm", 1.0),
-            ("post_attention_layernorm", branch),
-            ("pre_feedforward_layernorm", 1.0),
-            ("pre_feedforward_layernorm_2", 1.0),
-            ("post_feedforward_layernorm", branch),
-            ("post_feedforward_layernorm_1", 1.0),
-            ("post_feedforward_layernorm_2", 1.0),
-        ):
-            tensors[f"{prefix}.{name}.weight"] = self.around(centre, hidden)
-        tensors[f"{prefix}.layer_scalar"] = self.around(1.0, 1)
-        tensors[f"model.encoder.language_model.layers.{index}.layer_scalar"] = self.around(1.0, 1)
-        return tensors
-
-    def vision(self) -> Tensors:
-        """The smallest vision tower that transformers accepts; text never reaches it."""
-        prefix, size = "model.encoder.vision_tower", 8
-        layer = f"{prefix}.encoder.layers.0"
-        tensors = {f"{layer}.mlp.{name}_proj.linear.weight": self.linear(size, size) for name in ("gate", "up", "down")}
-        tensors |= {f"{layer}.self_attn.{name}_proj.linear.weight": self.linear(size, size) for name in "qkvo"}
-        norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm")
-        for name in (*norms, "post_feedforward_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
-            tensors[f"{layer}.{name}.weight"] = np.ones(size, np.float32)
-        tensors[f"{prefix}.patch_embedder.input_proj.weight"] = self.linear(size, 12)
-        tensors[f"{prefix}.patch_embedder.position_embedding_table"] = np.ones((2, 4, size), np.float32)
-        tensors["model.encoder.embed_vision.embedding_projection.weight"] = self.linear(self.shape.hidden_size, size)
-        return tensors
-
-    def tensors(self) -> Tensors:
-        shape = self.shape
-        tensors = {"model.decoder.embed_tokens.weight": self.linear(shape.vocab_size, shape.hidden_size)}
-        for index in range(len(shape.layers)):
-            tensors |= self.layer(index)
-        tensors["model.decoder.norm.weight"] = self.around(shape.logit_scale, shape.hidden_size)
-        tensors["model.decoder.self_conditioning.pre_norm.weight"] = self.around(1.0, shape.hidden_size)
-        tensors |= self.mlp("model.decoder.self_conditioning", shape.soft_scale)
-        return tensors | self.vision()
-
-
-# ---------------------------------------------------------------- files
-
-
-def _encode(values: FloatArray, dtype: str) -> bytes:
+def _encode(values: FloatArray, dtype: str) -> npt.NDArray[Any]:
+    """float32 values as they are stored: little-endian float32, or the bits of bfloat16."""
     if dtype == "float32":
-        return values.astype("<f4").tobytes()
+        return values.astype("<f4")
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))  # to nearest, ties to even
-    return (rounded >> np.uint32(16)).astype("<u2").tobytes()
+    return (rounded >> np.uint32(16)).astype("<u2")
 
 
-def write_safetensors(path: Path, tensors: Tensors, dtype: str) -> None:
-    """One safetensors file with every tensor stored as `dtype` (float32 or bfloat16)."""
-    width = {"float32": 4, "bfloat16": 2}[dtype]
+def _draw(random: np.random.Generator, weight: Weight) -> FloatArray:
+    if weight.kind == "normal":
+        drawn = random.standard_normal(weight.sizes, dtype=np.float32)
+        return np.asarray(drawn * np.float32(weight.scale))
+    spread = random.uniform(0.6, 1.4, weight.sizes) if weight.kind == "around" else np.ones(weight.sizes)
+    return np.asarray(weight.scale * spread, dtype=np.float32)
+
+
+def _drawn_together(listed: dict[str, Weight], seed: int, dtype: str) -> dict[str, Pieces]:
+    """All tensors from one stream in the order of the list, by name in alphabetical order."""
+    random = np.random.default_rng(seed)
+    drawn = {name: _draw(random, weight) for name, weight in listed.items()}
+    return {name: [_encode(drawn[name], dtype)] for name in sorted(drawn)}
+
+
+@cache
+def _normal_quantiles() -> FloatArray:
+    """The standard normal distribution's quantiles at 65,536 equal steps of probability; their variance is one."""
+    upper = np.array([NormalDist().inv_cdf((step + 0.5) / 65536) for step in range(32768, 65536)])
+    values = np.concatenate([-upper[::-1], upper])
+    return np.asarray(values / values.std(), dtype=np.float32)
+
+
+def _stream(seed: int, name: str, weight: Weight, dtype: str) -> Iterator[npt.NDArray[Any]]:
+    """One tensor from a stream of its own; it depends on nothing but seed, name, sizes and recipe.
+
+    Sixteen random bits choose one of the normal distribution's quantiles, which takes a table and no arithmetic.
+    """
+    bits = np.random.SFC64(np.random.SeedSequence([seed, *name.encode()]))
+    if weight.kind != "normal":
+        yield _encode(_draw(np.random.Generator(bits), weight), dtype)
+        return
+    table = _encode(_normal_quantiles() * np.float32(weight.scale), dtype)
+    left = math.prod(weight.sizes)
+    while left:
+        count = min(left, _PIECE)
+        yield np.take(table, bits.random_raw(-(-count // 4)).view(np.uint16)[:count])  # faster than indexing
+        left -= count
+
+
+# ---------------------------------------------------------------- weight files
+
+
+def _write_file(path: Path, sizes: dict[str, tuple[int, ...]], pieces: dict[str, Pieces], dtype: str) -> Iterator[int]:
+    """Write one safetensors file under a passing name, then give it its own; yields the bytes of each piece."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name in sorted(tensors):
-        end = offset + tensors[name].size * width
+    for name in pieces:
+        end = offset + math.prod(sizes[name]) * _WIDTH[dtype]
         stored = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-        header[name] = {"dtype": stored, "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": stored, "shape": list(sizes[name]), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in sorted(tensors):
-            file.write(_encode(tensors[name], dtype))
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for values in pieces.values():
+                for piece in values:
+                    file.write(piece.data)
+                    yield piece.nbytes
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_safetensors(path: Path, tensors: dict[str, FloatArray], dtype: str) -> None:
+    """One safetensors file with every tensor stored as `dtype` (float32 or bfloat16)."""
+    pieces: dict[str, Pieces] = {name: [_encode(tensors[name], dtype)] for name in sorted(tensors)}
+    for _ in _write_file(path, {name: values.shape for name, values in tensors.items()}, pieces, dtype):
+        pass
+
+
+def _shards(bytes_of: dict[str, int], limit: int) -> list[list[str]]:
+    """The names in order, cut before a shard would pass `limit` bytes; a larger tensor has a shard to itself."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in bytes_of.items():
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_weights(directory: Path, shape: Shape, seed: int, shard_bytes: int, report: Report) -> None:
+    """`model.safetensors`, or shards and last of all their index: what is cut short cannot be opened."""
+    listed = weights(shape)
+    sizes = {name: weight.sizes for name, weight in listed.items()}
+    pieces: dict[str, Pieces]
+    if shape.streams:
+        pieces = {name: _stream(seed, name, weight, shape.dtype) for name, weight in listed.items()}
+    else:
+        pieces = _drawn_together(listed, seed, shape.dtype)
+    bytes_of = {name: math.prod(sizes[name]) * _WIDTH[shape.dtype] for name in pieces}
+    done, total = 0, sum(bytes_of.values())
+    if (free := shutil.disk_usage(directory).free) < total:
+        raise ConfigurationError(f"{directory}: the weights take {total:,} bytes and the disk has {free:,} left")
+    shards = _shards(bytes_of, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        for written in _write_file(directory / file, sizes, {name: pieces[name] for name in names}, shape.dtype):
+            done += written
+            report(done, total)
+    if len(shards) > 1:
+        parameters = total // _WIDTH[shape.dtype]
+        index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+# ---------------------------------------------------------------- the other files
 
 
 def config_dict(shape: Shape) -> dict[str, Any]:
@@ -237,7 +249,7 @@ def build_plain_tokenizer(vocab_size: int) -> Tokenizer:
             word += ("." + letters)[letter]
         pieces.append(word)
     if len(pieces) != vocab_size:
-        raise ValueError(f"vocab_size {vocab_size} is too small for the tokenizer: it needs at least {len(pieces)}")
+        raise ConfigurationError(f"vocabulary of {vocab_size} tokens: the tokenizer needs at least {len(pieces)}")
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=[], unk_token=UNK, byte_fallback=bytes_fit, fuse_unk=True)
@@ -249,11 +261,7 @@ def build_plain_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def write_checkpoint(directory: Path, name: str, seed: int = 0) -> Path:
-    """Write the checkpoint `name` of SHAPES, drawn from `seed`, into `directory`; returns the directory."""
-    shape = SHAPES[name]
-    directory.mkdir(parents=True, exist_ok=True)
-    write_safetensors(directory / "model.safetensors", _Recipe(shape, seed).tensors(), shape.dtype)
+def _write_small_files(directory: Path, shape: Shape, tokenizer: Tokenizer) -> None:
     generation = {
         "bos_token_id": 2,
         "eos_token_id": [1, SPECIAL_TOKENS.index(TURN_END)],
@@ -281,18 +289,61 @@ def write_checkpoint(directory: Path, name: str, seed: int = 0) -> Path:
     ):
         (directory / file).write_text(json.dumps(content, indent=2) + "\n")
     shutil.copyfile(CHAT_TEMPLATE, directory / "chat_template.jinja")
-    build_plain_tokenizer(shape.vocab_size).save(str(directory / "tokenizer.json"))
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def write_checkpoint(
+    directory: Path,
+    name: str,
+    seed: int = 0,
+    *,
+    layers: int | None = None,
+    vocab_size: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    report: Report = lambda done, total: None,
+) -> Path:
+    """Write the checkpoint `name` of SHAPES, drawn from `seed`, into `directory`; returns the directory.
+
+    Takes the place of a checkpoint that lies there. `layers` and `vocab_size` change the shape, see `resized`. No
+    weight file is larger than `shard_bytes`, but for one with a single larger tensor.
+    Raises ConfigurationError for a shape that cannot be made and for a disk without the room.
+    """
+    shape = resized(SHAPES[name], layers, vocab_size)
+    tokenizer = build_plain_tokenizer(shape.vocab_size)
+    directory.mkdir(parents=True, exist_ok=True)
+    for old in directory.glob("model*.safetensors*"):
+        old.unlink()
+    _write_small_files(directory, shape, tokenizer)
+    _write_weights(directory, shape, seed, shard_bytes, report)
     return directory
 
 
 def main() -> None:
-    """Command line: python -m dgemma_build.random_checkpoint NAME DIRECTORY [--seed N]."""
+    """Command line: python -m dgemma_build.random_checkpoint NAME DIRECTORY [options]."""
     parser = argparse.ArgumentParser(prog="python -m dgemma_build.random_checkpoint", description=__doc__)
     parser.add_argument("name", choices=sorted(SHAPES))
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, help="new or empty")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, help="number of layers; the last is full attention")
+    parser.add_argument("--vocab-size", type=int, help="number of tokens")
     arguments = parser.parse_args()
-    print(write_checkpoint(arguments.directory, arguments.name, arguments.seed))
+    if arguments.directory.exists() and any(arguments.directory.iterdir()):
+        parser.error(f"{arguments.directory}: is not empty; name a new directory")
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=None)
+            write_checkpoint(
+                arguments.directory,
+                arguments.name,
+                arguments.seed,
+                layers=arguments.layers,
+                vocab_size=arguments.vocab_size,
+                report=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except DGemmaError as error:
+        parser.error(str(error))
+    print(arguments.directory)
 
 
 if __name__ == "__main__":

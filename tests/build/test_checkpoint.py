@@ -89,25 +89,6 @@ def test_both_spellings_of_the_full_layers_are_read(checkpoint_copy: Path) -> No
         assert np.array_equal(found.rope[kind].inverse_frequencies, rope.inverse_frequencies)
 
 
-def test_sharded_checkpoints_are_read_through_their_index(checkpoint_copy: Path) -> None:
-    tensors = load_file(checkpoint_copy / "model.safetensors")
-    digest = {name: Checkpoint(checkpoint_copy).float32(name).sum() for name in Checkpoint(checkpoint_copy).names()}
-    (checkpoint_copy / "model.safetensors").unlink()
-    names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for shard, members in parts.items():
-        save_file({name: tensors[name] for name in members}, checkpoint_copy / shard)
-    weight_map = {name: shard for shard, members in parts.items() for name in members}
-    index = checkpoint_copy / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map}))
-    checkpoint = Checkpoint(checkpoint_copy)
-    assert {name: checkpoint.float32(name).sum() for name in checkpoint.names()} == digest
-    (checkpoint_copy / "model-00002-of-00002.safetensors").unlink()
-    refused(checkpoint_copy, "model-00002-of-00002.safetensors", "not found")
-    index.write_text(json.dumps({"weight_map": {"x": "../../etc/passwd"}}))
-    refused(checkpoint_copy, "outside of the checkpoint directory")
-
-
 def test_bfloat16_is_widened_exactly(checkpoint_copy: Path) -> None:
     name = "model.decoder.norm.weight"
     change_tensors(checkpoint_copy, lambda t: t.update({name: t[name].astype(ml_dtypes.bfloat16)}))
@@ -116,10 +97,58 @@ def test_bfloat16_is_widened_exactly(checkpoint_copy: Path) -> None:
     assert np.array_equal(checkpoint.float32("norm.weight"), checkpoint.tensor("norm.weight").astype(np.float32))
 
 
-def test_one_expert_is_the_same_as_the_stack_sliced(odd_checkpoint: Path) -> None:
+def test_float16_is_widened_exactly(checkpoint_copy: Path) -> None:
+    name = "model.decoder.norm.weight"
+    change_tensors(checkpoint_copy, lambda t: t.update({name: t[name].astype(np.float16)}))
+    checkpoint = Checkpoint(checkpoint_copy)
+    assert np.array_equal(checkpoint.float32("norm.weight"), checkpoint.tensor("norm.weight").astype(np.float32))
+
+
+def test_some_experts_are_the_same_as_the_stack_sliced(odd_checkpoint: Path) -> None:
     checkpoint = Checkpoint(odd_checkpoint)
     name = "layers.0.experts.gate_up_proj"
-    assert np.array_equal(checkpoint.float32_slice(name, 2), checkpoint.float32(name)[2])
+    stack = checkpoint.float32(name)
+    for index in (0, 2, -1, slice(1, 3), slice(4, 99), slice(2), slice(2, 2)):
+        assert np.array_equal(checkpoint.float32_slice(name, index), stack[index])
+    with pytest.raises(IndexError):
+        checkpoint.float32_slice(name, 5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_no_way_of_reading_lets_a_value_pass_that_is_not_finite(
+    checkpoint_copy: Path, dtype: type[np.generic], bad: float
+) -> None:
+    stored = "model.decoder.layers.0.experts.down_proj"
+
+    def spoil(tensors: Tensors) -> None:
+        tensors[stored] = tensors[stored].astype(dtype)
+        tensors[stored][3, -1, -1] = bad
+
+    change_tensors(checkpoint_copy, spoil)
+    checkpoint = Checkpoint(checkpoint_copy)
+    name = "layers.0.experts.down_proj"
+    for read in (checkpoint.tensor, checkpoint.float32, lambda name: checkpoint.float32_slice(name, 3)):
+        with pytest.raises(CheckpointError, match=r"down_proj.*NaN or infinite"):
+            read(name)
+    assert checkpoint.float32_slice(name, 2).shape == (56, 22)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(np.float32, 3.4028235e38), (np.float16, 65504.0), (ml_dtypes.bfloat16, 3.3895314e38)]
+)
+def test_the_largest_values_are_finite(checkpoint_copy: Path, dtype: type[np.generic], largest: float) -> None:
+    name = "model.decoder.norm.weight"
+    change_tensors(checkpoint_copy, lambda t: t.update({name: np.full(56, largest).astype(dtype)}))
+    assert float(Checkpoint(checkpoint_copy).tensor("norm.weight").astype(np.float64).min()) == pytest.approx(largest)
+
+
+def test_a_weight_stored_for_encoder_and_decoder_must_be_the_same(checkpoint_copy: Path) -> None:
+    decoder, encoder = "model.decoder.norm.weight", "model.encoder.language_model.norm.weight"
+    change_tensors(checkpoint_copy, lambda t: t.update({encoder: t[decoder].copy()}))
+    read_everything(checkpoint_copy)
+    change_tensors(checkpoint_copy, lambda t: t.update({encoder: t[decoder] * 2}))
+    refused(checkpoint_copy, encoder, f"differs from {decoder}")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +172,15 @@ def test_damaged_tensors_are_named(
     ("change", "words"),
     [
         (lambda c: c.update(model_type="gemma4"), ("model_type", "'gemma4'", "'diffusion_gemma'")),
+        (lambda c: c.update(architectures=["Gemma4ForCausalLM"]), ("architectures", "'Gemma4ForCausalLM'")),
+        (lambda c: c.update(architectures="DiffusionGemma"), ("architectures",)),
+        (lambda c: c["text_config"].update(model_type="gemma4_text"), ("model_type", "'gemma4_text'")),
+        (lambda c: c["text_config"].update(num_experts="many"), ("num_experts", "'many'", "whole number")),
+        (lambda c: c["text_config"].update(hidden_size=-56), ("hidden_size", "-56")),
+        (lambda c: c["text_config"].update(global_head_dim=24.0), ("head_dim", "24.0")),
+        (lambda c: c["text_config"].pop("head_dim"), ("text_config.head_dim is missing",)),
+        (lambda c: c["text_config"].update(layer_types="sliding_attention"), ("layer_types", "a list")),
+        (lambda c: c["text_config"].update(rope_parameters=[]), ("rope_parameters", "a dict")),
         (lambda c: c.pop("text_config"), ("text_config",)),
         (lambda c: c["text_config"].pop("num_experts"), ("text_config.num_experts is missing",)),
         (lambda c: c["text_config"].update(hidden_activation="silu"), ("hidden_activation", "'silu'")),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import DiffusionGemmaForBlockDiffusion
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.oracle import Model, trace_generation
-from dgemma_build.random_checkpoint import build_plain_tokenizer, write_checkpoint
-from dgemma_build.random_shapes import SHAPES
+from dgemma_build.random_checkpoint import build_plain_tokenizer, config_dict, write_checkpoint, write_safetensors
+from dgemma_build.random_shapes import SHAPES, resized, weights
 from dgemma_runtime.noise import CanvasNoise
 
 
@@ -62,8 +64,6 @@ def test_the_seed_decides_the_bytes(tmp_path: Path) -> None:
 
 
 def test_bfloat16_rounds_to_nearest_even(tmp_path: Path) -> None:
-    from dgemma_build.random_checkpoint import write_safetensors
-
     values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     write_safetensors(tmp_path / "x.safetensors", {"x": values}, "bfloat16")
 
@@ -90,7 +90,70 @@ def test_runs_are_not_degenerate(name: str, oracle: Callable[[str], Model]) -> N
     assert np.quantile(spread, 0.1) < 0.01 < 0.5 < np.quantile(spread, 0.9)
 
 
-@pytest.mark.parametrize("vocab_size", [211, 307, 32_768])
+# ---------------------------------------------------------------- the released dimensions, without memory for them
+
+TOWER = {  # as large as the released one; the two switches bring tensors of their own
+    "model_type": "gemma4_vision",
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 72,
+    "use_clipped_linears": True,
+    "standardize": True,
+}
+
+
+def oracle_layout(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of everything that transformers' model of this config holds."""
+    with torch.device("meta"):
+        model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(config))
+    return {name: tuple(values.shape) for name, values in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 7, 30])
+def test_the_real_shape_is_the_models_own(layers: int) -> None:
+    shape = resized(SHAPES["real"], layers)
+    ours = {name: weight.sizes for name, weight in weights(shape).items()}
+    theirs = oracle_layout(config_dict(shape))
+
+    assert {name: theirs.get(name) for name in ours} == ours
+    tied = "model.encoder.language_model."
+    assert {name.replace(tied, "model.decoder.") for name in theirs} - {"lm_head.weight"} == {
+        name.replace(tied, "model.decoder.") for name in ours
+    }
+
+
+def test_every_tensor_of_a_full_vision_tower_is_left_out_by_name(tmp_path: Path) -> None:
+    shape = resized(SHAPES["odd_a"], 2)
+    write_checkpoint(tmp_path, "odd_a", layers=2)
+    config = {**config_dict(shape), "vision_config": TOWER}
+    text = {name: weight.sizes for name, weight in weights(shape).items() if "vision" not in name}
+    tied = ("lm_head.", "model.encoder.language_model.")
+    tower = {name for name in oracle_layout(config) if not name.startswith(tied)} - set(text)
+    # One value stands for each of the tower's tensors: what decides is the name.
+    values = {name: np.zeros(text.get(name, (1,)), np.float32) for name in {*text, *tower}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_safetensors(tmp_path / "model.safetensors", values, "float32")
+
+    assert len(tower) > 1000
+    assert {"model.encoder.vision_tower.std_bias", "model.encoder.embed_vision.embedding_projection.weight"} < tower
+    assert set(Checkpoint(tmp_path).left_out) == tower
+
+
+def test_transformers_reads_the_shards(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint("odd_b")).state_dict()
+    write_checkpoint(tmp_path, "odd_b", shard_bytes=60_000)
+    loaded: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path, output_loading_info=True)
+
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert not any(loaded[1].values()), "missing, unexpected or misshapen tensors"
+    for name, values in loaded[0].state_dict().items():
+        assert torch.equal(values, whole[name]), name
+
+
+@pytest.mark.parametrize("vocab_size", [211, 307, 32_768, 262_144])
 def test_every_id_decodes(vocab_size: int) -> None:
     tokenizer: Tokenizer = build_plain_tokenizer(vocab_size)
 
