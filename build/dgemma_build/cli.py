@@ -31,7 +31,9 @@ def engine(
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="Engine directory to write; replaced as a whole when complete.")],
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt_rtx.")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="fp32, int8 or int4 (onnxruntime); bf16 or fp16 (tensorrt_rtx).")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, int8 or int4 (onnxruntime); bf16 or fp16 (tensorrt_rtx).")
+    ] = "fp32",
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens, prompt and output together.", show_default="the checkpoint's")
     ] = None,
