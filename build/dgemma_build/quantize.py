@@ -15,8 +15,9 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
-# Of the scale that meets a group's largest value exactly.
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+# Candidates, of the scale that meets a group's largest value exactly. With 8 bits that one is as good as any.
+_SHRINK = {4: (1.0, 0.95, 0.9, 0.85, 0.8), 8: (1.0,)}
+_CHUNK = 2**16  # values at once, so that the candidates run over what the caches hold
 
 
 @dataclass(frozen=True)
@@ -45,24 +46,48 @@ class Quantized:
 
 def quantize(matrix: Float32, form: GroupFormat) -> Quantized:
     """A matrix [in, out] in the format."""
-    grouped = _grouped(matrix, form)
-    middle = 2 ** (form.bits - 1)
-    largest = np.abs(grouped).max(axis=2, keepdims=True)
-    best = np.full(largest.shape, np.inf, np.float32)
-    scales = np.ones_like(largest)
-    integers = np.zeros(grouped.shape, np.int16)
-    for shrink in _SHRINK:
-        scale = largest * np.float32(shrink / (middle - 1))
-        scale[scale == 0] = 1.0
-        tried = np.clip(np.rint(grouped / scale), -middle, middle - 1)
-        error = np.square(tried * scale - grouped).sum(axis=2, keepdims=True)
-        better = error < best
-        best = np.where(better, error, best)
-        scales = np.where(better, scale, scales)
-        integers = np.where(better, tried.astype(np.int16), integers)
-    stored = (integers + middle).astype(np.uint8)
-    packed = stored if form.bits == 8 else stored[..., 0::2] | stored[..., 1::2] << 4
-    return Quantized(packed, scales[..., 0])
+    inputs, outputs = matrix.shape
+    packed = np.empty(form.packed_shape(inputs, outputs), np.uint8)
+    scales = np.empty((outputs, form.groups(inputs)), np.float32)
+    width = form.groups(inputs) * form.group_size
+    step = max(1, _CHUNK // width)
+    padded = np.zeros((step, width), np.float32)
+    for start in range(0, outputs, step):
+        stop = min(start + step, outputs)
+        padded[: stop - start, :inputs] = matrix[:, start:stop].T
+        grouped = padded[: stop - start].reshape(stop - start, -1, form.group_size)
+        packed[start:stop], scales[start:stop] = _quantize_groups(grouped, form.bits)
+    return Quantized(packed, scales)
+
+
+def _quantize_groups(grouped: Float32, bits: int) -> tuple[UInt8, Float32]:
+    """Packed integers and scales [out, groups] of values [out, groups, group_size]."""
+    middle = 2 ** (bits - 1)
+    exact = np.abs(grouped).max(axis=2) / np.float32(middle - 1)
+    exact[exact == 0] = 1.0
+    scales, least = exact, np.full(exact.shape, np.inf, np.float32)
+    work = np.empty_like(grouped)
+    for shrink in _SHRINK[bits]:
+        scale = exact * np.float32(shrink)
+        _round(grouped, scale, middle, work)
+        work *= scale[..., None]
+        work -= grouped
+        error = np.einsum("ogi,ogi->og", work, work)
+        scales = np.where(error < least, scale, scales)
+        least = np.minimum(error, least)
+    _round(grouped, scales, middle, work)
+    work += middle
+    stored: UInt8 = work.astype(np.uint8)
+    if bits == 4:
+        stored = np.left_shift(stored[..., 1::2], 4, dtype=np.uint8) | stored[..., 0::2]
+    return stored, scales
+
+
+def _round(grouped: Float32, scales: Float32, middle: int, out: Float32) -> None:
+    """The integers, as floats, of values and scales."""
+    np.multiply(grouped, (1 / scales)[..., None], out=out)
+    np.rint(out, out=out)
+    np.clip(out, -middle, middle - 1, out=out)
 
 
 def dequantize(quantized: Quantized, form: GroupFormat, inputs: int) -> Float32:
@@ -72,11 +97,3 @@ def dequantize(quantized: Quantized, form: GroupFormat, inputs: int) -> Float32:
         packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], form.group_size)
     values = (packed.astype(np.float32) - 2 ** (form.bits - 1)) * quantized.scales[..., None]
     return np.ascontiguousarray(values.reshape(len(values), -1)[:, :inputs].T)
-
-
-def _grouped(matrix: Float32, form: GroupFormat) -> Float32:
-    """[out, groups, group_size], zeros behind the last input."""
-    inputs, outputs = matrix.shape
-    padded = np.zeros((outputs, form.groups(inputs) * form.group_size), np.float32)
-    padded[:, :inputs] = matrix.T
-    return padded.reshape(outputs, -1, form.group_size)
