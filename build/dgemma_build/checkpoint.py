@@ -103,11 +103,11 @@ class Checkpoint:
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """`tensor(name)` as float32, exact for every stored dtype."""
-        return _widened(self._read(self._canonical[name]))
+        return self.tensor(name).astype(np.float32, copy=False)
 
     def float32_slice(self, name: str, index: int | slice) -> npt.NDArray[np.float32]:
         """`float32(name)[index]`, reading no more than that: one expert of a stack, some rows of the embedding."""
-        return _widened(self._read(self._canonical[name], index))
+        return self._read(self._canonical[name], index).astype(np.float32, copy=False)
 
     def sha256(self) -> str:
         """Hash over the names and contents of config and weight files."""
@@ -288,13 +288,6 @@ def _header(path: Path) -> dict[str, _Stored]:
         name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
-
-
-def _widened(array: Array) -> npt.NDArray[np.float32]:
-    """The same values as float32; bfloat16 is the upper half of float32."""
-    if array.dtype != _DTYPES["BF16"]:
-        return array.astype(np.float32, copy=False)
-    return (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _some(names: list[str], limit: int = 6) -> str:
