@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dgemma_build.kernels.experts import LARGE, ExpertsConfig, ExpertSizes, experts_kernels
 from dgemma_build.kernels.head import HeadConfig, head_kernels
 from dgemma_build.kernels.launch import Kernel
+from dgemma_build.kernels.packing import GROUPS, WeightFormat
 
 HIDDEN, VOCABULARY = 2816, 262_144
+EXPERTS = ExpertSizes(experts=128, top_k=8, hidden=HIDDEN, inner=704)
+FORMATS = (WeightFormat("plain"), WeightFormat("fp8"), *(WeightFormat("int4", group) for group in GROUPS))
 
 
 def released_kernels() -> Iterator[tuple[str, Kernel]]:
     """(variant, kernel) for everything that is compiled ahead of time."""
     for kernel in head_kernels(VOCABULARY, HIDDEN, "bf16", HeadConfig()):
         yield "bf16", kernel
+    sort, _, _, total = experts_kernels(EXPERTS, FORMATS[0], "bf16", ExpertsConfig())
+    yield "bf16", sort
+    yield "bf16", total
+    for form in FORMATS:
+        for config in (ExpertsConfig(), ExpertsConfig(tokens=64), LARGE):
+            for kernel in experts_kernels(EXPERTS, form, "bf16", config)[1:3]:
+                yield f"{form.name}-{config.tokens}", kernel
