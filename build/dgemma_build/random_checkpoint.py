@@ -15,6 +15,7 @@ import math
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
@@ -108,6 +109,16 @@ def _stream(seed: int, name: str, weight: Weight, dtype: str) -> Iterator[npt.ND
         left -= count
 
 
+def _ahead(pieces: Pieces) -> Iterator[npt.NDArray[Any]]:
+    """The same pieces, each drawn while the one before it is written."""
+    left = iter(pieces)
+    with ThreadPoolExecutor(1) as thread:
+        drawn = thread.submit(next, left, None)
+        while (piece := drawn.result()) is not None:
+            drawn = thread.submit(next, left, None)
+            yield piece
+
+
 # ---------------------------------------------------------------- weight files
 
 
@@ -161,7 +172,7 @@ def _write_weights(directory: Path, shape: Shape, seed: int, shard_bytes: int, r
     sizes = {name: weight.sizes for name, weight in listed.items()}
     pieces: dict[str, Pieces]
     if shape.streams:
-        pieces = {name: _stream(seed, name, weight, shape.dtype) for name, weight in listed.items()}
+        pieces = {name: _ahead(_stream(seed, name, weight, shape.dtype)) for name, weight in listed.items()}
     else:
         pieces = _drawn_together(listed, seed, shape.dtype)
     bytes_of = {name: math.prod(sizes[name]) * _WIDTH[shape.dtype] for name in pieces}
