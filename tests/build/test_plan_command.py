@@ -136,3 +136,24 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_refused_by_name(arguments: tuple[str, ...], words: str) -> None:
     assert words in refused(*arguments)
+
+
+def test_cpu_shows_the_peak_by_use() -> None:
+    result = plan("--cpu", "--max-batch-size", "1", "--max-model-len", "8192")
+    assert result.exit_code == 0, result.output
+    for precision in ("fp32", "int8", "int4"):
+        assert re.search(rf"^{precision} +8k( +\d+\.\d\d){{7}}", result.output, re.MULTILINE)
+
+
+def test_cpu_json_adds_up() -> None:
+    report = plan_json("--cpu", "--precision", "int4", "--max-model-len", "65536")
+    assert report["sequences"] == 8
+    assert [item["context"] for item in report["cpu"]] == [8192, 65_536]
+    for item in report["cpu"]:
+        sizes = {name: value for name, value in item.items() if name not in ("precision", "context", "peak")}
+        assert item["peak"] == sum(sizes.values())
+
+
+@pytest.mark.parametrize("option", [("--gpu", "h100-80"), ("--picture", "x.svg"), ("--memory-gb", "3")])
+def test_cpu_refuses_what_is_about_gpus(option: tuple[str, str]) -> None:
+    assert f"{option[0]}: says nothing of a CPU" in refused("--cpu", *option)

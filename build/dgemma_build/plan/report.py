@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dgemma_build.plan.floor import StepFloor
+from dgemma_build.plan.host import HostMemory
 from dgemma_build.plan.kv import KvSizes
 from dgemma_build.plan.options import PlanOptions
 from dgemma_build.plan.planner import CardPlan, ContextPlan, Model, context_lengths
@@ -156,23 +157,51 @@ def _notes(plans: Sequence[CardPlan]) -> Table | None:
     return table if table.row_count else None
 
 
+def render_host(model: Model, batch: int, plans: Mapping[tuple[str, int], HostMemory]) -> Group:
+    """Peak memory of the onnxruntime engine by (precision, context)."""
+    table = _table(f"{model.name}: onnxruntime on a CPU, {batch} sequences at once, GB\n")
+    for name in ("precision", "context"):
+        table.add_column(name)
+    for name in ("weights", "head's copies", "KV pages", "workspaces", "activations", "process"):
+        table.add_column(name, justify="right")
+    table.add_column("peak", justify="right", style="bold")
+    for (precision, context), memory in plans.items():
+        sizes = (memory.weights, memory.packed_embedding, memory.kv_pools, memory.workspaces, memory.activations)
+        cells = [gigabytes(size) for size in (*sizes, memory.process, memory.peak)]
+        table.add_row(precision, tokens(context), *cells)
+    remark = "\nGB are 10^9 bytes. Pages and buffers count as if all of them were written to."
+    return Group(table, Text(remark, "dim"))
+
+
 # ---------------------------------------------------------------- JSON
 
 
 def to_json(model: Model, plans: Sequence[CardPlan]) -> dict[str, Any]:
     """The whole plan; sizes in bytes, times in milliseconds."""
-    spec = model.config.spec
-    return {
-        "version": JSON_VERSION,
-        "model": {
-            "name": model.name,
-            "weights": model.elements,
-            "canvas_length": spec.canvas_length,
-            "sliding_window": spec.sliding_window,
-            "max_position_embeddings": spec.max_position_embeddings,
-        },
-        "plans": [_card_json(plan, model.kv(plan.options)) for plan in plans],
+    return _heading(model) | {"plans": [_card_json(plan, model.kv(plan.options)) for plan in plans]}
+
+
+def host_json(model: Model, batch: int, plans: Mapping[tuple[str, int], HostMemory]) -> dict[str, Any]:
+    """The same for the onnxruntime engine on a CPU; sizes in bytes."""
+    return _heading(model) | {
+        "sequences": batch,
+        "cpu": [
+            {"precision": precision, "context": context} | asdict(memory) | {"peak": memory.peak}
+            for (precision, context), memory in plans.items()
+        ],
     }
+
+
+def _heading(model: Model) -> dict[str, Any]:
+    spec = model.config.spec
+    described = {
+        "name": model.name,
+        "weights": model.elements,
+        "canvas_length": spec.canvas_length,
+        "sliding_window": spec.sliding_window,
+        "max_position_embeddings": spec.max_position_embeddings,
+    }
+    return {"version": JSON_VERSION, "model": described}
 
 
 def _card_json(plan: CardPlan, kv: KvSizes) -> dict[str, Any]:
