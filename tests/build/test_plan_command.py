@@ -98,7 +98,8 @@ def test_options_reach_the_plan() -> None:
     assert small["weights_bytes_by_part"]["embedding"] < usual["weights_bytes_by_part"]["embedding"]
     assert small["kv_bytes_per_token"]["full"] * 2 == usual["kv_bytes_per_token"]["full"]
     assert small["reserve_bytes"] == 0
-    assert small["contexts"][0]["scratch_bytes"]["logits"] == 0
+    scratch = [item["contexts"][0]["scratch_bytes"]["canvases"] for item in (small, usual)]
+    assert scratch[0] < scratch[1]
     assert small["contexts"][0]["sequences"] > usual["contexts"][0]["sequences"]
     coarse = plan_json(*bare, "--int4-group-size", "32", "--max-batch-size", "1")["plans"][0]
     assert coarse["weights_bytes"] > usual["weights_bytes"]

@@ -10,6 +10,7 @@ WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int4": 4}
 PRECISIONS = tuple(WEIGHT_BITS)
 KV_PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+INT4_GROUPS = (32, 64, 128)  # what the kernels read
 DEFAULT_GROUP = 64  # divides every input dimension of the released model; 128 does not divide the experts' 704
 DEFAULT_RESERVE_GB = 0.5  # CUDA context, library and its kernels: an allowance, not a measurement
 
@@ -24,7 +25,7 @@ class PlanOptions:
     fp8_embedding: bool = False  # with fp8 and int4: the embedding, which is the head too, in E4M3 as well
     max_batch_size: int | None = None  # canvases in a step; None: as many as fit
     max_model_len: int | None = None  # tokens; None: the model's own limit
-    plugins: bool = False  # fused kernels: grouped experts, attention without scores, head without logits
+    plugins: bool = False  # grouped experts, attention without scores, head without fp32 logits
     reserve_gb: float = DEFAULT_RESERVE_GB
 
     def __post_init__(self) -> None:
@@ -32,9 +33,9 @@ class PlanOptions:
             raise ConfigurationError(f"--precision {self.precision}: choose one of {', '.join(PRECISIONS)}")
         if self.kv_precision and self.kv_precision not in KV_PRECISIONS:
             raise ConfigurationError(f"--kv-precision {self.kv_precision}: choose one of {', '.join(KV_PRECISIONS)}")
-        size = self.int4_group_size
-        if not 16 <= size <= 256 or size & (size - 1):
-            raise ConfigurationError(f"--int4-group-size {size}: must be a power of two from 16 to 256")
+        if self.int4_group_size not in INT4_GROUPS:
+            groups = ", ".join(map(str, INT4_GROUPS))
+            raise ConfigurationError(f"--int4-group-size {self.int4_group_size}: choose one of {groups}")
         if self.max_batch_size is not None and self.max_batch_size < 1:
             raise ConfigurationError(f"--max-batch-size {self.max_batch_size}: must be at least 1")
         if not 0 <= self.reserve_gb < 1e6:

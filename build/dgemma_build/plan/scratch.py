@@ -6,7 +6,9 @@ and denoising run one after the other in the same memory, so the larger of the t
 - plugin-free (the ONNX graph as written): experts as dense products over all tokens, logits and probabilities of all
   canvases of a step in fp32, attention decomposed into scores, `TILE_ROWS` folded query rows of one sequence at a
   time (fp32 scores and probabilities in the activations' precision), and its additive masks;
-- plugins: experts on their own tokens only, no scores, no logits.
+- plugins, the kernels of `dgemma_build.kernels`: experts on their own tokens only; attention's outputs in
+  `ATTENTION_PARTS` parts in fp32, whatever the context; of the head only probabilities of `HEAD_ROWS` positions at a
+  time, in the activations' precision.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dgemma_build.plan.options import ELEMENT_BYTES, PlanOptions
 from dgemma_runtime.contract import FULL, LayerSpec
 
 TILE_ROWS = 256
+ATTENTION_PARTS, HEAD_ROWS = 8, 512  # as the kernels are configured for the released model
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Scratch:
     prefill: int  # activations of one chunk
     canvases: int  # activations of all canvases
     logits: int  # of all canvases
-    attention: int  # decomposed scores and masks, the larger of prefill and denoising
+    attention: int  # scores and masks, or parts; the larger of prefill and denoising
     canvas_kv: int  # keys and values behind the context
     soft: int  # soft embeddings, of the previous step and of the next
 
@@ -44,10 +47,13 @@ def scratch_bytes(config: TextConfig, options: PlanOptions, batch: int, context:
     tokens = batch * spec.canvas_length
     chunk = min(PREFILL_CHUNK, context)
     kv = KvSizes.of(spec, ELEMENT_BYTES[options.kv])
-    logits = 0 if options.plugins else tokens * spec.vocab_size * (4 + 4 + (element if element < 4 else 0))
-    attention = 0
-    if not options.plugins:
-        masks = max(batch * spec.canvas_length, chunk) * (context + spec.canvas_length) * element
+    if options.plugins:
+        logits = min(tokens, HEAD_ROWS) * spec.vocab_size * element
+        widest = config.num_attention_heads * max(layer.head_dim for layer in spec.layers)
+        attention = ATTENTION_PARTS * max(tokens, chunk) * widest * 4
+    else:
+        logits = tokens * spec.vocab_size * (4 + 4 + (element if element < 4 else 0))
+        masks = max(tokens, chunk) * (context + spec.canvas_length) * element
         attention = masks + max(_scores(config, layer, context, element) for layer in spec.layers)
     return Scratch(
         prefill=_activations(config, chunk, element, options.plugins),
@@ -64,10 +70,10 @@ def _activations(config: TextConfig, tokens: int, element: int, plugins: bool) -
     hidden, inner = config.spec.hidden_size, config.moe_intermediate_size
     heads = config.num_attention_heads
     attention = max(2 * (heads + 2 * layer.num_key_value_heads) * layer.head_dim for layer in config.spec.layers)
-    copies = config.top_k_experts if plugins else config.num_experts
-    experts = copies * max(3 * inner, inner + hidden)
-    if plugins:  # tokens are gathered by expert first
-        experts += copies * hidden
+    if plugins:
+        experts = config.top_k_experts * (inner + hidden)
+    else:
+        experts = config.num_experts * max(3 * inner, inner + hidden)
     return tokens * element * (2 * hidden + max(attention, experts))
 
 
