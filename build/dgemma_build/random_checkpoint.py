@@ -317,8 +317,10 @@ def write_checkpoint(
 
     Takes the place of a checkpoint that lies there. `layers` and `vocab_size` change the shape, see `resized`. No
     weight file is larger than `shard_bytes`, but for one with a single larger tensor.
-    Raises ConfigurationError for a shape that cannot be made and for a disk without the room.
+    Raises ConfigurationError for a seed or shape that cannot be used and for a disk without the room.
     """
+    if seed < 0:
+        raise ConfigurationError(f"--seed {seed}: must be at least 0")
     shape = resized(SHAPES[name], layers, vocab_size)
     tokenizer = build_plain_tokenizer(shape.vocab_size)
     directory.mkdir(parents=True, exist_ok=True)
@@ -338,23 +340,24 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="number of layers; the last is full attention")
     parser.add_argument("--vocab-size", type=int, help="number of tokens")
     arguments = parser.parse_args()
-    if arguments.directory.exists() and any(arguments.directory.iterdir()):
-        parser.error(f"{arguments.directory}: is not empty; name a new directory")
+    directory: Path = arguments.directory
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        parser.error(f"{directory}: not a new or empty directory")
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=None)
             write_checkpoint(
-                arguments.directory,
+                directory,
                 arguments.name,
                 arguments.seed,
                 layers=arguments.layers,
                 vocab_size=arguments.vocab_size,
                 report=lambda done, total: progress.update(task, completed=done, total=total),
             )
-    except DGemmaError as error:
+    except (DGemmaError, OSError) as error:  # such as a disk that fills up
         parser.error(str(error))
-    print(arguments.directory)
+    print(directory)
 
 
 if __name__ == "__main__":

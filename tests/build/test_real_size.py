@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from dgemma_build.checkpoint import Checkpoint, expected_shapes
 from dgemma_build.random_checkpoint import config_dict, write_checkpoint
 from dgemma_build.random_shapes import SHAPES, resized, weights
-from dgemma_runtime.errors import ConfigurationError
+from dgemma_runtime.errors import CheckpointError, ConfigurationError
 
 VOCABULARY = 1024  # the released 262,144 tokens would take as long as another layer
 SHARD_BYTES = 2_000_000_000
@@ -115,12 +116,27 @@ def test_any_number_of_layers_ends_with_a_full_one(layers: int, kinds: str) -> N
     assert config_dict(shape)["text_config"]["num_hidden_layers"] == layers
 
 
-def test_a_layer_is_the_same_in_checkpoints_of_any_depth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a shape that is drawn as `real` is, but small."""
+    monkeypatch.setitem(SHAPES, "small", dataclasses.replace(SHAPES["odd_a"], streams=True, dtype="bfloat16"))
+    return "small"
 
-    monkeypatch.setitem(SHAPES, "small", replace(SHAPES["odd_a"], streams=True))
+
+def test_the_seed_decides_the_bytes_now_and_later(tmp_path: Path, small: str) -> None:
+    bits = [
+        Checkpoint(write_checkpoint(tmp_path / str(index), small, seed)).tensor("layers.0.mlp.up_proj.weight")
+        for index, seed in enumerate((1, 1, 2))
+    ]
+
+    assert np.array_equal(bits[0], bits[1])
+    assert not np.array_equal(bits[0], bits[2])
+    assert bits[0].view(np.uint16)[0, :6].tolist() == [15652, 48561, 15733, 15915, 48649, 48653]
+
+
+def test_a_layer_is_the_same_in_checkpoints_of_any_depth(tmp_path: Path, small: str) -> None:
     two, four = (
-        Checkpoint(write_checkpoint(tmp_path / str(count), "small", layers=count, vocab_size=150 + count))
+        Checkpoint(write_checkpoint(tmp_path / str(count), small, layers=count, vocab_size=150 + count))
         for count in (2, 4)
     )
     for name in two.names():
@@ -161,7 +177,7 @@ def test_what_was_cut_short_cannot_be_opened_and_leaves_no_partial_file(tmp_path
         write_checkpoint(tmp_path, "odd_a", shard_bytes=100_000, report=stop)
     assert list(tmp_path.glob("model-*"))
     assert not list(tmp_path.glob("*.partial"))
-    with pytest.raises(Exception, match="not found"):
+    with pytest.raises(CheckpointError, match="not found"):
         Checkpoint(tmp_path)
 
 
@@ -178,14 +194,24 @@ def test_the_command_shows_progress_on_stderr_and_the_directory_on_stdout(tmp_pa
     assert "writing" in done.stderr
     assert len(Checkpoint(tmp_path / "new").config.spec.layers) == 2
 
-    again = command("odd_b", str(tmp_path / "new"))
-    assert again.returncode == 2
-    assert "is not empty" in again.stderr
 
-
-def test_the_command_names_what_it_cannot_make(tmp_path: Path) -> None:
-    refused = command("real", str(tmp_path / "new"), "--layers", "0")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("new", "--layers", "0"), "--layers 0: must be at least 1"),
+        (("new", "--seed", "-1"), "--seed -1: must be at least 0"),
+        (("new", "--vocab-size", "9"), "vocabulary of 9 tokens"),
+        (("full",), "not a new or empty directory"),
+        (("full/file",), "not a new or empty directory"),
+        (("full/file/new",), "Not a directory"),
+    ],
+)
+def test_the_command_names_what_it_cannot_make(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    refused = command("odd_a", str(tmp_path / arguments[0]), *arguments[1:])
 
     assert refused.returncode == 2
-    assert "--layers 0: must be at least 1" in refused.stderr
+    assert words in refused.stderr
     assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "new").exists()
