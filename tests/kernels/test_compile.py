@@ -17,7 +17,7 @@ import pytest
 from dgemma_build.kernels.catalogue import released_kernels
 
 SHARED_LIMIT = 227 * 1024  # bytes
-NO_PRODUCT = {"head_choose", "head_sum", "experts_sort", "experts_sum"}
+NO_PRODUCT = {"head_choose", "head_sum", "experts_sort", "experts_sum", "attention_sum"}
 
 
 def command(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:

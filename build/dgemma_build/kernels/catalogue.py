@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dgemma_build.kernels.attention import AttentionConfig, AttentionSizes, attention_kernels
 from dgemma_build.kernels.experts import LARGE, ExpertsConfig, ExpertSizes, experts_kernels
 from dgemma_build.kernels.head import HeadConfig, head_kernels
 from dgemma_build.kernels.launch import Kernel
@@ -11,6 +12,8 @@ from dgemma_build.kernels.packing import GROUPS, WeightFormat
 
 HIDDEN, VOCABULARY = 2816, 262_144
 EXPERTS = ExpertSizes(experts=128, top_k=8, hidden=HIDDEN, inner=704)
+SLIDING = AttentionSizes(heads=16, kv_heads=8, head_dim=256, window=1024, page=64)
+FULL = AttentionSizes(heads=16, kv_heads=2, head_dim=512, window=0, page=64)
 FORMATS = (WeightFormat("plain"), WeightFormat("fp8"), *(WeightFormat("int4", group) for group in GROUPS))
 
 
@@ -25,3 +28,8 @@ def released_kernels() -> Iterator[tuple[str, Kernel]]:
         for config in (ExpertsConfig(), ExpertsConfig(tokens=64), LARGE):
             for kernel in experts_kernels(EXPERTS, form, "bf16", config)[1:3]:
                 yield f"{form.name}-{config.tokens}", kernel
+    for name, sizes in (("sliding", SLIDING), ("full", FULL)):
+        for cache in ("bf16", "fp8e4nv"):
+            parts, total = attention_kernels(sizes, "bf16", cache, AttentionConfig.for_sizes(sizes, cache))
+            yield f"{name}-{cache.removesuffix('e4nv')}", parts
+        yield name, total
