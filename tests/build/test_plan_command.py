@@ -85,7 +85,9 @@ def test_json_has_what_the_tables_have() -> None:
 
 def test_a_checkpoint_is_planned_from_its_config(odd_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((odd_checkpoint / "config.json").read_text())
-    report = plan_json("--checkpoint", str(tmp_path), "--gpu", "budget-18", "--precision", "fp32")
+    arguments = ("--checkpoint", str(tmp_path), "--gpu", "budget-18", "--precision", "fp32")
+    assert re.search(rf"{tmp_path.name}: \d+\.\d\d M weights", plan(*arguments).output)
+    report = plan_json(*arguments)
     assert report["model"]["max_position_embeddings"] == 4096
     assert [item["context"] for item in report["plans"][0]["contexts"]] == [4096]
     assert report["plans"][0]["options"]["kv_precision"] == "fp32"

@@ -53,7 +53,7 @@ def render(model: Model, plans: Sequence[CardPlan]) -> Group:
     limit = first.options.max_batch_size
     heading = Text.assemble(
         (model.name, "bold"),
-        f": {model.elements / 1e9:,.2f} B weights, canvas of {spec.canvas_length}, context up to "
+        f": {_billions(model.elements)} weights, canvas of {spec.canvas_length}, context up to "
         f"{spec.max_position_embeddings:,}; {kernels}; "
         + (f"at most {limit} canvases a step" if limit else "a canvas of every sequence in a step"),
     )
@@ -70,6 +70,10 @@ def render(model: Model, plans: Sequence[CardPlan]) -> Group:
         remark += "\nThe plugin-free graph runs every expert over every token besides, which tells in large batches."
     parts.append(Text(remark, "dim"))
     return Group(*parts)
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:,.2f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M"
 
 
 def _table(title: str) -> Table:
@@ -106,7 +110,7 @@ def _kv_table(model: Model, recipes: Sequence[PlanOptions]) -> Table:
 
 def _card_table(plans: Sequence[CardPlan]) -> Table:
     shortest = plans[0].contexts[0].context
-    table = _table(f"\nSequences that fit, by context; scratch and least ms of a step at {tokens(shortest)}")
+    table = _table(f"\nSequences that fit, by context; scratch for them and least ms of a step at {tokens(shortest)}")
     table.add_column("GPU", no_wrap=True)
     table.add_column("precision")
     table.add_column("weights", justify="right")
@@ -138,7 +142,7 @@ def _count(item: ContextPlan) -> Text:
 
 
 def _step(step: StepFloor) -> str:
-    return f"{step.ms:,.1f} {step.bound}"
+    return f"{step.ms:,.1f} {step.bound}" if step.ms >= 1 else f"{step.ms:.3f} {step.bound}"
 
 
 def _notes(plans: Sequence[CardPlan]) -> Table | None:
