@@ -2,23 +2,24 @@
 
 The interpreter has no bfloat16 arithmetic, so these tests use float16 and float32; the types of the released model
 are compiled, by `test_compile.py` in a process of its own without this setting.
+
+Triton chooses between compiler and interpreter when its own Python modules and the kernels are imported. Libraries
+that other tests use may have imported it as a compiler by then; they keep that copy, which a CPU never uses.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 
 import pytest
 import torch
 
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    raise RuntimeError("triton was imported before tests/kernels asked for its interpreter; set TRITON_INTERPRET=1")
-
-os.environ["TRITON_INTERPRET"] = "1"
-import dgemma_build.kernels.catalogue  # noqa: F401  # Triton and all kernels; both read the setting on import
-
-del os.environ["TRITON_INTERPRET"]  # what other tests start is to run as it would anywhere
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TRITON_INTERPRET", "1")
+    for name in list(sys.modules):
+        if name == "triton" or (name.startswith("triton.") and not name.startswith("triton._C")):
+            del sys.modules[name]
+    import dgemma_build.kernels.catalogue  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
