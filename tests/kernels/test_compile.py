@@ -55,6 +55,14 @@ def test_products_run_on_the_matrix_units(compiled: tuple[list[dict[str, Any]], 
         assert (report["matrix_instructions"] > 0) == (report["kernel"] not in NO_PRODUCT), report
 
 
+def test_what_products_read_is_copied_asynchronously(compiled: tuple[list[dict[str, Any]], Path]) -> None:
+    """Address arithmetic that hides contiguity turns copies into loads of single values, many times slower."""
+    for report in compiled[0]:
+        if report["kernel"] not in NO_PRODUCT:
+            assert report["async_copies"] >= 8, report
+            assert report["narrow_loads"] <= 8, report  # int4 has two scales a thread and matrix
+
+
 def test_what_a_plugin_needs_is_kept(compiled: tuple[list[dict[str, Any]], Path]) -> None:
     reports, output = compiled
     for report in reports:

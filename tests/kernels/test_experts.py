@@ -27,7 +27,7 @@ def dequantised(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
             return stored.float() * scale[..., None]
         values = unpack_int4(stored, weights.form).float() - 8
         by_input = scale.float().repeat_interleave(weights.form.group, dim=-1)[..., : values.shape[-1]]
-        return (values * by_input).to(scale.dtype)
+        return values * by_input
 
     return one(weights.gate_up, weights.gate_up_scale), one(weights.down, weights.down_scale)
 

@@ -31,6 +31,7 @@ from dgemma_build.kernels.launch import Kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on Hopper
+WGMMA, ASYNC_COPY, NARROW_LOAD = r"wgmma\.mma_async", r"cp\.async\.c[ag]\.shared", r"ld\.global\.b(8|16) "
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -47,6 +48,8 @@ class Report:
     spill_loads: int  # bytes
     shared: int  # bytes a program
     matrix_instructions: int  # wgmma in the PTX
+    async_copies: int  # cp.async in the PTX: what a product reads should come by these
+    narrow_loads: int  # loads of one or two bytes in the PTX
 
     @property
     def fits(self) -> bool:
@@ -95,7 +98,7 @@ def report(variant: str, kernel: Kernel, output: Path | None = None) -> Report:
         stores,
         loads,
         compiled.metadata.shared,
-        len(re.findall(r"wgmma\.mma_async", ptx)),
+        *(len(re.findall(pattern, ptx)) for pattern in (WGMMA, ASYNC_COPY, NARROW_LOAD)),
     )
     if output is not None:
         _keep(output, result, kernel, compiled)
@@ -129,11 +132,11 @@ def table(rows: Iterable[Report]) -> Table:
     shown = Table(title=f"sm_90, triton {triton.__version__}", title_justify="left")
     for heading in ("kernel", "variant"):
         shown.add_column(heading)
-    for heading in ("warps", "stages", "registers", "spills, B", "shared, B", "wgmma"):
+    for heading in ("warps", "stages", "registers", "spills, B", "shared, B", "wgmma", "async"):
         shown.add_column(heading, justify="right")
     for row in rows:
         spills = row.spill_stores + row.spill_loads
-        numbers = (row.warps, row.stages, row.registers, spills, row.shared, row.matrix_instructions)
+        numbers = (row.warps, row.stages, row.registers, spills, row.shared, row.matrix_instructions, row.async_copies)
         shown.add_row(row.kernel, row.variant, *(f"{n:,}" for n in numbers), style="" if row.fits else "bold red")
     return shown
 

@@ -12,8 +12,8 @@ Weights are the left operand, because a canvas gives an expert 16 tokens on aver
 64 rows but as few as 8 columns. At one canvas the cost is reading the weights: in the released model 1.52 GB a layer in
 16 bits, 0.76 GB in fp8, 0.40 to 0.43 GB in int4; beside it the pairs move 36 MB, most of it within the L2 cache.
 
-Weights are plain (the activations' type), fp8 (E4M3, one float32 scale per output channel) or int4 (`packing`), and
-become the activations' type on the way to the product, whose sums are float32.
+Weights are plain (the activations' type), fp8 (E4M3, one float32 scale per output channel) or int4 (`packing`). Their
+values are exact in the activations' type, in which they are multiplied; scales meet the float32 sums.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def find_tile(begin_ptr, tile, E: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_T: 
 def add_product(  # type: ignore[no-untyped-def]
     total,  # [rows, tokens] float32
     weight_at,  # [rows, 1] pointers to the rows' first weights (bytes of int4)
-    scale_at,  # [rows, 1] pointers to the rows' first scales
+    scale_at,  # [rows] pointers to the rows' first scales; one axis, or every thread loads its scales many times
     start,
     x_low,  # [step, tokens]; of int4, [step / 2, tokens]
     x_high,
@@ -87,12 +87,12 @@ def add_product(  # type: ignore[no-untyped-def]
     else:
         half: tl.constexpr = BLOCK_K // 2
         packed = tl.load(weight_at + start // 2 + tl.arange(0, half)[None, :])
-        low_scale = tl.load(scale_at + start // GROUP)
-        high_scale = tl.load(scale_at + (start + half) // GROUP)
-        low = ((packed & 15).to(tl.int8) - 8).to(x_low.dtype) * low_scale
-        high = ((packed >> 4).to(tl.int8) - 8).to(x_high.dtype) * high_scale
-        total = tl.dot(low, x_low, total)
-        total = tl.dot(high, x_high, total)
+        low_scale = tl.load(scale_at + start // GROUP).to(tl.float32)
+        high_scale = tl.load(scale_at + (start + half) // GROUP).to(tl.float32)
+        low = ((packed & 15).to(tl.int8) - 8).to(x_low.dtype)
+        high = ((packed >> 4).to(tl.int8) - 8).to(x_high.dtype)
+        total += tl.dot(low, x_low) * low_scale[:, None]
+        total += tl.dot(high, x_high) * high_scale[:, None]
     return total
 
 
@@ -137,7 +137,7 @@ def experts_gate_up(  # type: ignore[no-untyped-def]
     width: tl.constexpr = K if GROUP == 0 else K // 2
     groups: tl.constexpr = 1 if GROUP == 0 else (K + GROUP - 1) // GROUP
     gate_at = weight_ptr + gate_row[:, None] * width
-    gate_scale_at = scale_ptr + gate_row[:, None] * groups
+    gate_scale_at = scale_ptr + gate_row * groups
     half: tl.constexpr = BLOCK_K if GROUP == 0 else BLOCK_K // 2
     columns = tl.arange(0, half)
     gate = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
@@ -149,8 +149,8 @@ def experts_gate_up(  # type: ignore[no-untyped-def]
         up_at, up_scale_at = gate_at + INNER * width, gate_scale_at + INNER * groups
         up = add_product(up, up_at, up_scale_at, start, low, high, K, BLOCK_K, GROUP)
     if FP8:
-        gate *= tl.load(gate_scale_at)
-        up *= tl.load(gate_scale_at + INNER)
+        gate *= tl.load(gate_scale_at)[:, None]
+        up *= tl.load(gate_scale_at + INNER)[:, None]
     cubic = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # twice the argument of gelu's tanh
     gated = gate / (1.0 + tl.exp(tl.minimum(-cubic, 80.0))) * up
     at = gated_ptr + place.to(tl.int64)[None, :] * INNER + inner[:, None]
@@ -187,7 +187,7 @@ def experts_down(  # type: ignore[no-untyped-def]
     width: tl.constexpr = K if GROUP == 0 else K // 2
     groups: tl.constexpr = 1 if GROUP == 0 else (K + GROUP - 1) // GROUP
     weight_at = weight_ptr + row[:, None] * width
-    scale_at = scale_ptr + row[:, None] * groups
+    scale_at = scale_ptr + row * groups
     half: tl.constexpr = BLOCK_K if GROUP == 0 else BLOCK_K // 2
     inner = tl.arange(0, half)
     product = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
@@ -196,7 +196,7 @@ def experts_down(  # type: ignore[no-untyped-def]
         high = low if GROUP == 0 else load_tokens(gated_at, start + half, inner, K, BLOCK_K)
         product = add_product(product, weight_at, scale_at, start, low, high, K, BLOCK_K, GROUP)
     if FP8:
-        product *= tl.load(scale_at)
+        product *= tl.load(scale_at)[:, None]
     pair = tl.load(order_ptr + place, mask=place < end, other=0)
     product *= tl.load(share_ptr + pair)[None, :]
     at = product_ptr + pair.to(tl.int64)[None, :] * H + column[:, None]

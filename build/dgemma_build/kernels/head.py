@@ -187,19 +187,18 @@ def head_soft(  # type: ignore[no-untyped-def]
     per_part: tl.constexpr = (steps + PARTS - 1) // PARTS
     live = row < rows
     safe_row = tl.where(live, row, 0)
-    safe_column = tl.where(column < H, column, 0)
     offsets = tl.arange(0, BLOCK_K)
     soft = tl.zeros((BLOCK_R, BLOCK_H), tl.float32)
     for step in range(part * per_part, min((part + 1) * per_part, steps)):
         ids = step * BLOCK_K + offsets
         relative_at = relative_ptr + safe_row.to(tl.int64)[:, None] * V + ids[None, :]
-        embedding_at = embedding_ptr + ids.to(tl.int64)[:, None] * H + safe_column[None, :]
-        if V % BLOCK_K == 0:
+        embedding_at = embedding_ptr + ids.to(tl.int64)[:, None] * H + column[None, :]
+        if V % BLOCK_K == 0 and H % BLOCK_H == 0:
             relative = tl.load(relative_at)
             embedding = tl.load(embedding_at)
         else:
             relative = tl.load(relative_at, mask=(ids < V)[None, :], other=0.0)
-            embedding = tl.load(embedding_at, mask=(ids < V)[:, None], other=0.0)
+            embedding = tl.load(embedding_at, mask=(ids < V)[:, None] & (column < H)[None, :], other=0.0)
         tile = step * BLOCK_K // BLOCK_V
         factor = tl.load(factor_ptr + tile * rows + safe_row)
         p = (relative.to(tl.float32) * factor[:, None]).to(embedding.dtype)
