@@ -77,14 +77,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        config_file = directory / "config.json"
-        raw = _read_json(config_file)
-        if raw.get("model_type") != "diffusion_gemma":
-            raise CheckpointError(f"{config_file}: model_type is {raw.get('model_type')!r}, expected 'diffusion_gemma'")
-        names = raw.get("architectures") or [_ARCHITECTURE]
-        if not isinstance(names, list) or not any(str(name).startswith(_ARCHITECTURE) for name in names):
-            raise CheckpointError(f"{config_file}: architectures is {names!r}, expected a class of {_ARCHITECTURE}")
-        self.config = _text_config(raw, config_file)
+        self.config = read_config(directory)
         self._where = self._stored_tensors()
         self.left_out = tuple(sorted(name for name in self._where if name.startswith(_VISION)))
         self._canonical = self._match()
@@ -208,6 +201,22 @@ class Checkpoint:
             parts += [f"unknown {_some(unknown)}"] if unknown else []
             raise CheckpointError(f"{self.directory}: tensors do not match the config: {'; '.join(parts)}")
         return found
+
+
+def read_config(directory: Path) -> TextConfig:
+    """The `config.json` of a checkpoint directory, whatever else is there."""
+    path = directory / "config.json"
+    return parse_config(_read_json(path), path)
+
+
+def parse_config(raw: dict[str, Any], path: Path) -> TextConfig:
+    """What `config.json` holds; errors name `path`."""
+    if raw.get("model_type") != "diffusion_gemma":
+        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'diffusion_gemma'")
+    names = raw.get("architectures") or [_ARCHITECTURE]
+    if not isinstance(names, list) or not any(str(name).startswith(_ARCHITECTURE) for name in names):
+        raise CheckpointError(f"{path}: architectures is {names!r}, expected a class of {_ARCHITECTURE}")
+    return _text_config(raw, path)
 
 
 def canonical_name(stored: str) -> str:

@@ -12,8 +12,8 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -48,7 +48,7 @@ def write_weights(path: Path, placed: Sequence[PlacedWeight], advance: Advance) 
     """
     journal = journal_of(path)
     finished = _read_journal(journal)
-    with path.open("r+b") as file, journal.open("a") as notes, ThreadPoolExecutor(1) as executor:
+    with path.open("r+b", buffering=0) as file, journal.open("a") as notes, ThreadPoolExecutor(1) as executor:
         writer = _Writer(file, executor)
         for item in placed:
             name, size = item.weight.name, item.weight.nbytes
@@ -81,7 +81,7 @@ def _write(writer: _Writer, item: PlacedWeight, advance: Advance) -> int:
 class _Writer:
     """The file from its beginning on: digest of all, checksum of the present weight, one piece in flight."""
 
-    def __init__(self, file: BinaryIO, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, file: RawIOBase, executor: ThreadPoolExecutor) -> None:
         self.digest = hashlib.sha256()
         self._file, self._executor = file, executor
         self._position = 0
@@ -90,7 +90,7 @@ class _Writer:
 
     def pad_to(self, offset: int) -> None:
         gap = b"\0" * (offset - self._position)
-        self._file.write(gap)
+        _write_all(self._file, memoryview(gap))
         self.digest.update(gap)
         self._position = offset
 
@@ -98,7 +98,7 @@ class _Writer:
         """Whether the next `size` bytes of the file have the checksum; then they count as written."""
         before, found = self.digest.copy(), 0
         for start in range(0, size, _CHUNK):
-            data = self._file.read(min(_CHUNK, size - start))
+            data = _read_all(self._file, min(_CHUNK, size - start))
             self.digest.update(data)
             found = zlib.crc32(data, found)
         if found == checksum:
@@ -126,11 +126,26 @@ class _Writer:
             self._pending = None
 
     def _put(self, piece: Array) -> None:
-        data: Any = piece.reshape(-1).view(np.uint8).data
-        self._file.write(data)
+        data = piece.reshape(-1).view(np.uint8).data
+        _write_all(self._file, data)
         self.digest.update(data)
         self._checksum = zlib.crc32(data, self._checksum)
         self._position += len(data)
+
+
+def _write_all(file: RawIOBase, data: memoryview) -> None:
+    """A raw file may take less than it is given."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _read_all(file: RawIOBase, size: int) -> bytes:
+    """`size` bytes, fewer at the end of the file."""
+    parts = []
+    while size and (part := file.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
 
 
 def _read_journal(path: Path) -> dict[str, int]:

@@ -122,7 +122,7 @@ class _DenoiserGraph:
 
     def weight(self, name: str, shape: Sequence[int], load: Callable[[], Float32]) -> str:
         """In the graph's precision."""
-        return self.w.weight(name, shape, self.numpy_dtype, lambda: [load().astype(self.numpy_dtype)])
+        return self.w.weight(name, shape, self.numpy_dtype, lambda: [load().astype(self.numpy_dtype, copy=False)])
 
     def matmul(self, value: str, name: str, shape: tuple[int, int], load: Callable[[], Float32]) -> str:
         """`value` times a weight [in, out], which is quantized where the lowering says so."""
@@ -244,7 +244,7 @@ class _DenoiserGraph:
         count = self.spec.vocab_size
         for start in range(0, count, _EMBEDDING_ROWS):
             chunk = slice(start, min(start + _EMBEDDING_ROWS, count))
-            yield self.source.float32_slice("embed_tokens.weight", chunk).astype(self.numpy_dtype)
+            yield self.source.float32_slice("embed_tokens.weight", chunk).astype(self.numpy_dtype, copy=False)
 
     def _gated_mlp(self, normed: str, prefix: str, norm: str) -> str:
         """down(gelu(gate(x)) * up(x)) of x = normed times the weight `norm`."""
@@ -348,7 +348,9 @@ class _DenoiserGraph:
         share = self.from_float(w.op("Mul", share, w.op("Gather", per_expert, ids)))
         norm = f"{prefix}.pre_feedforward_layernorm_2.weight"
         weights = MoeWeights(
-            gate_up=lambda expert: (self.expert(f"{prefix}.experts.gate_up_proj", expert) * self.load(norm)).T,
+            gate_up=lambda expert: np.multiply(
+                self.expert(f"{prefix}.experts.gate_up_proj", expert).T, self.load(norm)[:, None], order="C"
+            ),
             down=lambda expert: self.expert(f"{prefix}.experts.down_proj", expert).T,
             num_experts=config.num_experts,
             top_k=config.top_k_experts,

@@ -72,7 +72,7 @@ def dense(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: st
     def stack(name: str, shape: Sequence[int], matrix: Callable[[int], Float32]) -> str:
         def pieces() -> Iterator[npt.NDArray[Any]]:
             for expert in range(experts):
-                yield matrix(expert).astype(weights.dtype)[None]
+                yield matrix(expert).astype(weights.dtype, copy=False)[None]
 
         return w.weight(f"{prefix}.experts.{name}", (experts, *shape), weights.dtype, pieces)
 

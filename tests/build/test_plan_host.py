@@ -19,44 +19,6 @@ from dgemma_runtime.settings import RuntimeSettings, page_bytes, plan_limits
 
 DEMO = Path(__file__).parents[2] / "build" / "checkpoints" / "demo"
 
-# Serves `batch` sequences up to the whole context: prefill of two at a time, a canvas each, two steps, the commit.
-WORKER = """
-import json, sys
-from pathlib import Path
-
-import numpy as np
-
-from dgemma_runtime.contract import DenoiseRow, EncodeRow, SequencePages
-from dgemma_runtime.engines.factory import open_engine
-from dgemma_runtime.settings import RuntimeSettings
-
-directory, context, batch = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-engine = open_engine(directory, RuntimeSettings(max_model_len=context, max_batch_size=batch, threads=2))
-canvas, size = engine.manifest.model.canvas_length, engine.limits.page_size
-window = engine.limits.sliding_pages // batch
-tables = []
-for row in range(batch):
-    count = engine.limits.full_pages // batch
-    pages = np.arange(row * count, (row + 1) * count, dtype=np.int32)
-    around = row * window + np.arange(count, dtype=np.int32) % window
-    tables.append(SequencePages(pages, around))
-position, ids = 0, np.arange(512, dtype=np.int32)
-while position < context - canvas:
-    length = min(512, context - canvas - position)
-    for first in range(0, batch, 2):
-        engine.encode([EncodeRow(ids[:length], position, table) for table in tables[first : first + 2]])
-    position += length
-uniforms = np.full(canvas, 0.5, np.float32)
-for step in range(2):
-    rows = [
-        DenoiseRow(slot, ids[:canvas], uniforms, 0.8, position, table, step == 0) for slot, table in enumerate(tables)
-    ]
-    engine.denoise(rows)
-engine.encode([EncodeRow(ids[:canvas], position, table) for table in tables])
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps(1024 * int(peak.split()[1])))
-"""
-
 
 @pytest.fixture(scope="module")
 def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -67,7 +29,7 @@ def demo_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("context", "batch"), [(1024, 1), (2048, 4), (6000, 2)])
 def test_peak_memory_of_a_running_engine_is_within_a_tenth(demo_engine: Path, context: int, batch: int) -> None:
-    arguments = [sys.executable, "-c", WORKER, str(demo_engine), str(context), str(batch)]
+    arguments = [sys.executable, "-m", "dgemma_build.bench.peak_worker", str(demo_engine), str(context), str(batch)]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
     planned = host_memory(Checkpoint(DEMO).config, "fp32", batch, context).peak
     assert json.loads(done.stdout) == pytest.approx(planned, rel=0.1)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dgemma_build.checkpoint import TextConfig, _read_json, _text_config
+from dgemma_build.checkpoint import TextConfig, parse_config, read_config
 from dgemma_build.random_checkpoint import config_dict
 from dgemma_build.random_shapes import SHAPES
-from dgemma_runtime.errors import CheckpointError
 
 RELEASED_NAME = "DiffusionGemma 26B-A4B"
 
@@ -15,9 +14,5 @@ RELEASED_NAME = "DiffusionGemma 26B-A4B"
 def model_config(checkpoint: Path | None) -> tuple[str, TextConfig]:
     """Name and config of the checkpoint, or of the released model without one; raises CheckpointError."""
     if checkpoint is None:
-        return RELEASED_NAME, _text_config(config_dict(SHAPES["real"]), Path("config.json"))
-    path = checkpoint / "config.json"
-    raw = _read_json(path)
-    if raw.get("model_type") != "diffusion_gemma":
-        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'diffusion_gemma'")
-    return checkpoint.resolve().name, _text_config(raw, path)
+        return RELEASED_NAME, parse_config(config_dict(SHAPES["real"]), Path("config.json"))
+    return checkpoint.resolve().name, read_config(checkpoint)
