@@ -71,6 +71,7 @@ def test_what_a_plugin_needs_is_kept(compiled: tuple[list[dict[str, Any]], Path]
         ptx = (output / f"{stem}.ptx").read_text()
         assert f".visible .entry {description['entry']}(" in ptx
         assert ".target sm_90a" in ptx
+        assert "cvt.bf16.f16" not in ptx  # one instruction a value, on a unit of a quarter of the others' rate
         assert description["threads"] == 32 * report["warps"]
         assert (output / f"{stem}.cubin").read_bytes().startswith(b"\x7fELF")
 

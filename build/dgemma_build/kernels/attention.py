@@ -104,7 +104,9 @@ def attention_parts(  # type: ignore[no-untyped-def]
         seen = tile * BLOCK_N + offsets
         exists = (seen < end)[:, None]  # pages may hold anything behind the last token
         key = tl.load(key_ptr + slot[:, None] * D + columns[None, :], mask=exists, other=0.0)
-        score = tl.dot(query, tl.trans(key.to(query.dtype))) * to_base_2
+        if key.dtype != query.dtype:  # fp8: by way of float32, as float16 to bfloat16 is an instruction a value
+            key = key.to(tl.float32).to(query.dtype)
+        score = tl.dot(query, tl.trans(key)) * to_base_2
         visible = (seen[None, :] <= last_seen[:, None]) & (seen[None, :] >= first_seen[:, None])
         score = tl.where(visible, score, UNSEEN)
         new_top = tl.maximum(top, tl.max(score, axis=1))
@@ -112,7 +114,9 @@ def attention_parts(  # type: ignore[no-untyped-def]
         shrink = tl.exp2(top - new_top)
         mass = mass * shrink + tl.sum(p, axis=1)
         value = tl.load(value_ptr + slot[:, None] * D + columns[None, :], mask=exists, other=0.0)
-        total = tl.dot(p.to(query.dtype), value.to(query.dtype), total * shrink[:, None])
+        if value.dtype != query.dtype:
+            value = value.to(tl.float32).to(query.dtype)
+        total = tl.dot(p.to(query.dtype), value, total * shrink[:, None])
         top = new_top
     at += part.to(tl.int64) * rows * tokens * HEADS
     some = mass > 0

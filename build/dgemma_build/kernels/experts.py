@@ -83,7 +83,9 @@ def add_product(  # type: ignore[no-untyped-def]
             weight = tl.load(weight_at + columns[None, :])
         else:
             weight = tl.load(weight_at + columns[None, :], mask=(columns < K)[None, :], other=0.0)
-        total = tl.dot(weight.to(x_low.dtype), x_low, total)
+        if weight.dtype != x_low.dtype:  # fp8: by way of float32, as float16 to bfloat16 is an instruction a value
+            weight = weight.to(tl.float32).to(x_low.dtype)
+        total = tl.dot(weight, x_low, total)
     else:
         half: tl.constexpr = BLOCK_K // 2
         packed = tl.load(weight_at + start // 2 + tl.arange(0, half)[None, :])
