@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from dgemma_build.kernels import compile as command_module
 from dgemma_build.kernels.catalogue import released_kernels
+from dgemma_build.kernels.compile import Report
 
 SHARED_LIMIT = 227 * 1024  # bytes
 NO_PRODUCT = {"head_choose", "head_sum", "experts_sort", "experts_sum", "attention_sum"}
@@ -88,3 +90,18 @@ def test_an_unknown_name_is_an_error(tmp_path: Path) -> None:
     result = command("--only", "tail", cache=tmp_path)
     assert result.returncode == 2
     assert "head_tiles" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("shared", "stores", "loads", "code"),
+    [(SHARED_LIMIT, 0, 0, 0), (SHARED_LIMIT + 1, 0, 0, 1), (0, 4, 0, 1), (0, 0, 4, 1)],
+)
+def test_what_does_not_fit_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, shared: int, stores: int, loads: int, code: int
+) -> None:
+    made = Report("one", "bf16", 4, 2, 100, stores, loads, shared, 8, 8, 0)
+    monkeypatch.setattr(command_module, "reports", lambda kernels, output: iter([made]))
+    monkeypatch.setattr(sys, "argv", ["compile"])
+    with pytest.raises(SystemExit) as ended:
+        command_module.main()
+    assert ended.value.code == code

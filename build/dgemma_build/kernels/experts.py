@@ -10,7 +10,7 @@ program finds its expert from the beginnings. Equal inputs give equal bits.
 
 Weights are the left operand, because a canvas gives an expert 16 tokens on average and Hopper's products have at least
 64 rows but as few as 8 columns. At one canvas the cost is reading the weights: in the released model 1.52 GB a layer in
-16 bits, 0.76 GB in fp8, 0.40 to 0.43 GB in int4; beside it the pairs move 36 MB, most of it within the L2 cache.
+16 bits, 0.76 GB in fp8, 0.39 to 0.43 GB in int4; the pairs write and read 29 MB, within the L2 cache.
 
 Weights are plain (the activations' type), fp8 (E4M3, one float32 scale per output channel) or int4 (`packing`). Their
 values are exact in the activations' type, in which they are multiplied; scales meet the float32 sums.
