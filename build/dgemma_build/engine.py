@@ -7,16 +7,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from dgemma_build.backends import Backend, backend_for
 from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.data_file import allocate, journal_of, size_of, write_weights
 from dgemma_build.graph import author_graph
+from dgemma_build.onnx_writer import PlacedWeight
 from dgemma_build.progress import Progress, Silent
+from dgemma_build.quantize import GroupFormat, quantize
 from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
 from dgemma_runtime.errors import CheckpointError, ConfigurationError
 
@@ -82,16 +86,15 @@ class _Build:
         progress.stage("hashing the checkpoint")
         digest = self.checkpoint.sha256()
         progress.stage("writing the graph")
-        graph = author_graph(
-            self.checkpoint.config, self.checkpoint, self.backend.lowering(self.checkpoint.config, self.max_model_len)
-        )
+        lowering = self.backend.lowering(self.checkpoint.config, self.max_model_len)
+        graph = author_graph(self.checkpoint.config, self.checkpoint, lowering)
         placed = graph.placed()
         graph_file = directory / (MODEL_FILE + ".new")
         size = size_of(placed)
         (directory / DATA_FILE).touch()  # the graph's check asks for it
         graph.save(graph_file, DATA_FILE, "dgemma-build", {"precision": self.request.precision})
         self._start_or_resume(graph_file, digest)
-        self._estimate(size)
+        self._estimate(placed, lowering.quantized)
         allocate(directory / DATA_FILE, size)
         count, left_out = len(graph.weights), len(self.checkpoint.left_out)
         progress.stage(f"writing {count:,} weights, {left_out} tensors of the vision tower left out", size)
@@ -115,9 +118,9 @@ class _Build:
         if same:
             self.progress.say("going on with the weights of an interrupted build")
 
-    def _estimate(self, size: int) -> None:
+    def _estimate(self, placed: Sequence[PlacedWeight], form: GroupFormat | None) -> None:
         """Say what the weights will take; raises ConfigurationError when the disk has no room for them."""
-        data = self.directory / DATA_FILE
+        size, data = size_of(placed), self.directory / DATA_FILE
         allocated = data.stat().st_blocks * 512 if data.exists() else 0
         free = shutil.disk_usage(self.directory).free + allocated
         if size > free:
@@ -128,6 +131,9 @@ class _Build:
         if size < 4 * _PROBE_BYTES:
             return
         seconds = size / _write_speed(self.directory / "probe")
+        if form:
+            packed = sum(item.weight.nbytes for item in placed if item.weight.dtype == np.uint8)
+            seconds += packed * 8 / form.bits / _quantize_speed(form)
         self.progress.say(f"{size / 1e9:.1f} GB of weights to write, about {seconds:.0f} s; {free / 1e9:.0f} GB free")
 
     def _finish(self, digest: str, onnx_sha256: str, hashes: dict[str, str]) -> Manifest:
@@ -181,6 +187,14 @@ def _write_speed(path: Path) -> float:
     seconds = time.perf_counter() - started
     path.unlink()
     return _PROBE_BYTES / seconds
+
+
+def _quantize_speed(form: GroupFormat) -> float:
+    """Weights per second, from one short trial."""
+    matrix = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
+    started = time.perf_counter()
+    quantize(matrix, form)
+    return matrix.size / (time.perf_counter() - started)
 
 
 def _read(path: Path) -> object:
