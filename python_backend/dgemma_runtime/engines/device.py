@@ -1,0 +1,122 @@
+"""What a GPU engine needs of a device and of a compiled program, as protocols. Knows no CUDA, no model and no cache.
+
+`cuda.py` implements them on a GPU, `host_device.py` in ordinary memory. All work goes to one stream, in order: a call
+returns when the work is queued, `synchronize` when it is done. Addresses are plain integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+HostBytes = npt.NDArray[np.uint8]
+
+ELEMENT_BYTES = {"bool": 1, "int32": 4, "int64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+ALIGNMENT = 256  # bytes; TensorRT asks it of every tensor's address
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a program; a dynamic dimension is -1."""
+
+    is_input: bool
+    dtype: str  # a key of ELEMENT_BYTES
+    shape: tuple[int, ...]
+    largest: tuple[tuple[int, ...], ...] = ()  # of an input: its largest shape by profile
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies in device memory, contiguous, and its shape in this call."""
+
+    address: int  # a multiple of ALIGNMENT and never 0, also where the shape has no elements
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pitched:
+    """Planes of rows of bytes in device memory: a row every `pitch` bytes, a plane every `pitch * rows` bytes."""
+
+    address: int  # of the first byte to copy
+    pitch: int  # bytes
+    rows: int
+
+
+class Graph(Protocol):
+    """Captured work, to be queued again as a whole."""
+
+    def launch(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Device(Protocol):
+    """Memory and one stream. Raises EngineError when the device fails or has too little memory."""
+
+    def allocate(self, nbytes: int, purpose: str) -> int:
+        """Zeroed memory at a multiple of ALIGNMENT; `purpose` says in an error what it was for."""
+        ...
+
+    def free(self, address: int) -> None:
+        """Waits for queued work, then gives `allocate`d memory back."""
+        ...
+
+    def host_bytes(self, nbytes: int) -> HostBytes:
+        """Page-locked host memory [nbytes], for `upload` and `download`."""
+        ...
+
+    def free_host_bytes(self, array: HostBytes) -> None: ...
+
+    def upload(self, address: int, source: HostBytes) -> None:
+        """Queue a copy to the device; `source` may change only after `synchronize`."""
+        ...
+
+    def download(self, target: HostBytes, address: int) -> None:
+        """Queue a copy to the host; `target` holds it after `synchronize`."""
+        ...
+
+    def zero(self, address: int, nbytes: int) -> None: ...
+
+    def copy(self, target: Pitched, source: Pitched, extent: tuple[int, int, int]) -> None:
+        """Queue a copy within the device of `extent`: bytes of a row, rows of a plane, planes."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """What `work` queues, without running it. It must have run before outside of a capture, and may not allocate,
+        free or wait."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+    def close(self) -> None:
+        """Give everything back that is still held."""
+        ...
+
+
+class Context(Protocol):
+    """A program at one profile. A graph that captured `enqueue` is good until the next `bind` or `close`."""
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> None:
+        """Addresses and shapes of every input and output for the calls that follow."""
+        ...
+
+    def enqueue(self) -> None:
+        """Queue one run."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Program(Protocol):
+    """A compiled engine with its weights. Its contexts share scratch memory, so they run one after another."""
+
+    tensors: Mapping[str, TensorSpec]
+
+    def context(self, profile: int) -> Context: ...
+
+    def close(self) -> None: ...
