@@ -18,7 +18,7 @@ import numpy.typing as npt
 from dgemma_runtime.errors import ManifestError
 
 MANIFEST_FILE = "config.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 Int32Array = npt.NDArray[np.int32]
@@ -63,6 +63,7 @@ class Manifest:
     max_batch_size: int  # canvases in one denoising step; 0 where the engine sets no limit
     files: dict[str, str]  # relative path -> SHA-256
     generation_defaults: dict[str, Any]  # of the checkpoint's generation_config.json
+    max_encode_tokens: int = 0  # of one row in one encode call; 0 where the engine sets no limit
     format_version: int = FORMAT_VERSION
 
     def save(self, directory: Path) -> None:
@@ -104,6 +105,11 @@ class Manifest:
                     f"{directory / name}: SHA-256 is {digest[:12]}…, the manifest says {expected[:12]}…; {rebuild}"
                 )
         return manifest
+
+
+def sliding_slots(spec: ModelSpec) -> int:
+    """Cache slots of a sliding layer in a TensorRT engine: what its window needs, rounded up to a multiple of 8."""
+    return -(-(spec.sliding_window - 1) // 8) * 8
 
 
 def file_sha256(path: Path) -> str:

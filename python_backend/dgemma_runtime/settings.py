@@ -84,7 +84,8 @@ def plan_limits(manifest: Manifest, settings: RuntimeSettings) -> EngineLimits:
             "lower it or build an engine with a larger one"
         )
     context = settings.context_length(manifest)
-    max_encode = max(min(settings.prefill_chunk, context), manifest.model.canvas_length)
+    canvas = manifest.model.canvas_length
+    max_encode = max(min(settings.prefill_chunk, context, manifest.max_encode_tokens or context), canvas)
     need = PageRules(settings.page_size, manifest.model.sliding_window, max_encode).need(context)
     size = page_bytes(manifest, settings.page_size)
     sliding = settings.sliding_pages or need.sliding * settings.max_batch_size

@@ -67,8 +67,8 @@ def test_a_changed_file_is_refused(odd_engine: Path, tmp_path: Path) -> None:
         (None, "not found"),
         ("{", "not readable as JSON"),
         ("[]", "format_version is 'list'"),
-        ('{"format_version": 99}', "format_version is 99, this runtime reads 2"),
-        ('{"format_version": 2}', "not a manifest"),
+        ('{"format_version": 99}', "format_version is 99, this runtime reads 3"),
+        ('{"format_version": 3}', "not a manifest"),
     ],
 )
 def test_what_is_not_a_manifest_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
