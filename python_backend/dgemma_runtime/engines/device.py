@@ -13,11 +13,26 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dgemma_runtime.errors import EngineError
+
 Array = npt.NDArray[Any]
 HostBytes = npt.NDArray[np.uint8]
 
-ELEMENT_BYTES = {"bool": 1, "int32": 4, "int64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+# How a type is stored in an array; numpy has no bf16 and no fp8 (E4M3), so these are their bits.
+STORAGE: Mapping[str, np.dtype[Any]] = {
+    "bool": np.dtype(np.bool_),
+    "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
+    "fp32": np.dtype(np.float32),
+    "bf16": np.dtype(np.uint16),
+    "fp16": np.dtype(np.float16),
+    "fp8": np.dtype(np.uint8),
+}
 ALIGNMENT = 256  # bytes; TensorRT asks it of every tensor's address
+
+
+class OutOfMemory(EngineError):
+    """The device has too little memory for one allocation; the message says for what and how much was free."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +40,7 @@ class TensorSpec:
     """One input or output of a program; a dynamic dimension is -1."""
 
     is_input: bool
-    dtype: str  # a key of ELEMENT_BYTES
+    dtype: str  # a key of STORAGE
     shape: tuple[int, ...]
     largest: tuple[tuple[int, ...], ...] = ()  # of an input: its largest shape by profile
 
@@ -56,10 +71,14 @@ class Graph(Protocol):
 
 
 class Device(Protocol):
-    """Memory and one stream. Raises EngineError when the device fails or has too little memory."""
+    """Memory and one stream. Raises EngineError when the device fails, OutOfMemory when it is full."""
 
     def allocate(self, nbytes: int, purpose: str) -> int:
-        """Zeroed memory at a multiple of ALIGNMENT; `purpose` says in an error what it was for."""
+        """Zeroed memory at a multiple of ALIGNMENT; OutOfMemory names the `purpose`."""
+        ...
+
+    def available_bytes(self) -> int:
+        """What may still be allocated."""
         ...
 
     def free(self, address: int) -> None:

@@ -12,20 +12,16 @@ from functools import partial
 
 import numpy as np
 
-from dgemma_runtime.engines.device import ALIGNMENT, ELEMENT_BYTES, Array, HostBytes, Pitched, Tensor, TensorSpec
-from dgemma_runtime.errors import EngineError
-
-# How a type is stored in an array; numpy has no bf16 and no fp8, so these are their bits.
-STORAGE = {
-    "bool": np.dtype(np.bool_),
-    "int32": np.dtype(np.int32),
-    "int64": np.dtype(np.int64),
-    "fp32": np.dtype(np.float32),
-    "bf16": np.dtype(np.uint16),
-    "fp16": np.dtype(np.float16),
-    "fp8": np.dtype(np.uint8),
-}
-assert all(STORAGE[name].itemsize == size for name, size in ELEMENT_BYTES.items())
+from dgemma_runtime.engines.device import (
+    ALIGNMENT,
+    STORAGE,
+    Array,
+    HostBytes,
+    OutOfMemory,
+    Pitched,
+    Tensor,
+    TensorSpec,
+)
 
 Work = Callable[[], None]
 Function = Callable[[int, Mapping[str, Array], Mapping[str, Array]], None]
@@ -76,7 +72,7 @@ class HostDevice:
         assert self._recording is None
         assert nbytes > 0
         if self.allocated_bytes + nbytes > self._memory_bytes:
-            raise EngineError(f"out of memory: {nbytes} bytes for {purpose}; lower max_batch_size or kv_memory_bytes")
+            raise OutOfMemory(f"{nbytes} bytes for {purpose}, {self.available_bytes()} are free")
         memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
         skip = -memory.ctypes.data % ALIGNMENT
         address = memory.ctypes.data + skip
@@ -84,6 +80,9 @@ class HostDevice:
         bisect.insort(self._starts, address)
         self.allocated_bytes += nbytes
         return address
+
+    def available_bytes(self) -> int:
+        return self._memory_bytes - self.allocated_bytes
 
     def free(self, address: int) -> None:
         self.synchronize()
@@ -188,7 +187,7 @@ class _HostContext:
 
 
 class HostProgram:
-    """A function as a program; its arrays are views of device memory, of bf16 and fp8 the bits (see STORAGE)."""
+    """A function as a program; its arrays are views of device memory, of bf16 and fp8 the bits: `device.STORAGE`."""
 
     def __init__(self, device: HostDevice, tensors: Mapping[str, TensorSpec], function: Function) -> None:
         self.device, self.tensors, self.function = device, tensors, function

@@ -1,0 +1,206 @@
+"""Keys and values in device memory: page pools, caches laid out for a call, and copies between them. Knows no program.
+
+Layers of one kind and shape form a group. A page of a group is [2 * layers, kv_heads, page_size, head_dim], a block
+[2 * layers, rows, kv_heads, slots, head_dim] (of each layer the keys, then the values), so any span of tokens of one
+page goes to or from one row of a block in a single copy, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dgemma_runtime.contract import FULL, SLIDING, EncodeRow, EngineLimits, ModelSpec, SequencePages, sliding_slots
+from dgemma_runtime.engines.device import ALIGNMENT, STORAGE, Device, HostBytes, Pitched
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers whose keys and values have one shape."""
+
+    kind: str
+    kv_heads: int
+    head_dim: int
+    token_bytes: int  # of one head
+    layers: tuple[int, ...]
+
+    @property
+    def page_token_bytes(self) -> int:
+        """Of one token in all layers."""
+        return 2 * len(self.layers) * self.kv_heads * self.token_bytes
+
+
+def layer_groups(spec: ModelSpec, kv_dtype: str) -> tuple[Group, ...]:
+    """In the order of their first layers."""
+    members: dict[tuple[str, int, int], list[int]] = {}
+    for index, layer in enumerate(spec.layers):
+        members.setdefault((layer.kind, layer.num_key_value_heads, layer.head_dim), []).append(index)
+    element = STORAGE[kv_dtype].itemsize
+    return tuple(Group(*shape, shape[2] * element, tuple(layers)) for shape, layers in members.items())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Caches of one group, [2 * layers, rows, kv_heads, slots, head_dim] at `address`; every layer's is aligned."""
+
+    group: Group
+    address: int
+    rows: int
+    slots: int
+
+    @property
+    def pitch(self) -> int:
+        """Bytes of one head of one row."""
+        return self.slots * self.group.token_bytes
+
+    @property
+    def planes(self) -> int:
+        """Heads of all rows, and as many more as alignment takes."""
+        step = ALIGNMENT // math.gcd(ALIGNMENT, self.pitch)
+        return -(-self.rows * self.group.kv_heads // step) * step
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * len(self.group.layers) * self.planes * self.pitch
+
+    def tensor(self, number: int) -> int:
+        """Address of the keys (even) or values (odd) of layer number // 2 of the group."""
+        return self.address + number * self.planes * self.pitch
+
+    def at(self, row: int, token: int) -> Pitched:
+        """One row from one token on, of all layers."""
+        offset = row * self.group.kv_heads * self.pitch + token * self.group.token_bytes
+        return Pitched(self.address + offset, self.pitch, self.planes)
+
+
+class RowContent:
+    """Which full-layer pages a row of a block holds copies of. A page's copy is good while its version is the same."""
+
+    def __init__(self, slots: int, page_size: int) -> None:
+        pages = -(-slots // page_size)
+        self.pages = np.full(pages, -1, np.int32)
+        self.versions = np.zeros(pages, np.int64)
+        self.tokens = np.zeros(pages, np.int32)  # of each page, from its first on
+
+    def take(self, other: RowContent, position: int, page_size: int) -> None:
+        """The first `position` tokens are now copies of the other row's."""
+        count = -(-position // page_size)
+        self.pages[:count], self.versions[:count] = other.pages[:count], other.versions[:count]
+        copied = position - page_size * np.arange(count)
+        self.tokens[:count] = np.minimum(other.tokens[:count], copied)
+
+
+class KvMemory:
+    """The page pools, and what is copied between them and blocks. `blocks` are one per group, in order."""
+
+    def __init__(self, device: Device, spec: ModelSpec, kv_dtype: str, limits: EngineLimits) -> None:
+        self.device, self.spec, self.limits = device, spec, limits
+        self.groups = layer_groups(spec, kv_dtype)
+        self._page_bytes = [group.page_token_bytes * limits.page_size for group in self.groups]
+        # Counts the writes to a full page: same page and same version is same content, whoever holds it.
+        self._versions: npt.NDArray[np.int64] = np.zeros(limits.full_pages, np.int64)
+        self._pools: list[int] = []
+        for group, size in zip(self.groups, self._page_bytes, strict=True):
+            pages = limits.sliding_pages if group.kind == SLIDING else limits.full_pages
+            self._pools.append(device.allocate(pages * size, f"{pages} pages of the {group.kind} layers"))
+
+    def close(self) -> None:
+        while self._pools:
+            self.device.free(self._pools.pop())
+
+    def sliding_length(self, position: int) -> int:
+        """Tokens of a context that sliding layers see."""
+        return min(position, self.spec.sliding_window - 1)
+
+    def slots(self, group: Group, full_slots: int) -> int:
+        """Of a cache of this group."""
+        return full_slots if group.kind == FULL else sliding_slots(self.spec)
+
+    # ------------------------------------------------------------ copies
+
+    def lay_out(
+        self, blocks: Sequence[Block], row: int, position: int, pages: SequencePages, content: RowContent
+    ) -> None:
+        """Make a row hold `position` tokens of context; copies of full pages that are still good are left alone."""
+        size = self.limits.page_size
+        count = -(-position // size)
+        chosen = pages.full[:count]
+        if any(group.kind == FULL for group in self.groups):
+            tokens = np.minimum(size, position - size * np.arange(count)).astype(np.int32)
+            versions = self._versions[chosen]
+            stale = content.pages[:count] != chosen
+            stale |= content.versions[:count] != versions
+            stale |= content.tokens[:count] < tokens
+            for index in np.flatnonzero(stale).tolist():
+                self._copy_pages(blocks, FULL, row, int(chosen[index]), 0, index * size, int(tokens[index]))
+            content.pages[:count], content.versions[:count] = chosen, versions
+            content.tokens[:count][stale] = tokens[stale]
+        start = position - self.sliding_length(position)
+        for first, last in page_spans(start, position, size):
+            page = int(pages.sliding[first // size])
+            self._copy_pages(blocks, SLIDING, row, page, first % size, first - start, last - first)
+
+    def store(self, fresh: Sequence[Block], row: EncodeRow) -> None:
+        """Copy the keys and values of a row's tokens from row 0 of `fresh` to its pages."""
+        size = self.limits.page_size
+        for first, last in page_spans(row.position, row.position + len(row.token_ids), size):
+            for group, pool, page_bytes, block in self._together(fresh):
+                page = int((row.pages.full if group.kind == FULL else row.pages.sliding)[first // size])
+                if page < 0:  # a chunk longer than the window fills sliding pages that are gone already
+                    continue
+                extent = ((last - first) * group.token_bytes, group.kv_heads, 2 * len(group.layers))
+                target = self._page(group, pool + page * page_bytes, first % size)
+                self.device.copy(target, block.at(0, first - row.position), extent)
+            self._versions[row.pages.full[first // size]] += 1
+
+    def move(self, blocks: Sequence[Block], source: int, target: int, position: int) -> None:
+        """Copy a row's `position` tokens of context to another row."""
+        for block in blocks:
+            count = position if block.group.kind == FULL else self.sliding_length(position)
+            if count:
+                extent = (count * block.group.token_bytes, block.group.kv_heads, 2 * len(block.group.layers))
+                self.device.copy(block.at(target, 0), block.at(source, 0), extent)
+
+    def _copy_pages(
+        self, blocks: Sequence[Block], kind: str, row: int, page: int, token: int, slot: int, count: int
+    ) -> None:
+        """`count` tokens of a page, from `token` on, to a row's slots from `slot` on; in every group of a kind."""
+        for group, pool, page_bytes, block in self._together(blocks):
+            if group.kind == kind:
+                assert page >= 0, f"the {kind} layers' page within reach of a context was given back"
+                extent = (count * group.token_bytes, group.kv_heads, 2 * len(group.layers))
+                source = self._page(group, pool + page * page_bytes, token)
+                self.device.copy(block.at(row, slot), source, extent)
+
+    def _together(self, blocks: Sequence[Block]) -> Iterable[tuple[Group, int, int, Block]]:
+        return zip(self.groups, self._pools, self._page_bytes, blocks, strict=True)
+
+    def _page(self, group: Group, address: int, token: int) -> Pitched:
+        return Pitched(address + token * group.token_bytes, self.limits.page_size * group.token_bytes, group.kv_heads)
+
+    # ------------------------------------------------------------ inspection
+
+    def page_bytes(self, layer: int, page: int) -> HostBytes:
+        """A copy of one layer's part of a page, [2, kv_heads, page_size, bytes of a head]; waits for the device."""
+        number = next(index for index, group in enumerate(self.groups) if layer in group.layers)
+        group = self.groups[number]
+        shape = (2, group.kv_heads, self.limits.page_size, group.token_bytes)
+        part = self.device.host_bytes(math.prod(shape))
+        address = self._pools[number] + page * self._page_bytes[number]
+        self.device.download(part, address + group.layers.index(layer) * part.nbytes)
+        self.device.synchronize()
+        values: HostBytes = part.reshape(shape).copy()
+        self.device.free_host_bytes(part)
+        return values
+
+
+def page_spans(start: int, stop: int, size: int) -> Iterable[tuple[int, int]]:
+    """Cut positions [start, stop) at page borders."""
+    while start < stop:
+        end = min(stop, start - start % size + size)
+        yield start, end
+        start = end
