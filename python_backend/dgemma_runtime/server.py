@@ -51,6 +51,8 @@ def run(
     queue_size: Annotated[int | None, typer.Option(help="Requests that may wait.")] = None,
     kv_memory_bytes: Annotated[int | None, typer.Option(help="Memory for keys and values.")] = None,
     threads: Annotated[int | None, typer.Option(help="Cores for the engine; 0: all.")] = None,
+    gpu: Annotated[int | None, typer.Option(help="Number of the GPU, for an engine that needs one.")] = None,
+    cuda_graphs: Annotated[bool, typer.Option(help="Replay captured denoising steps, on a GPU.")] = True,
     warm_up: Annotated[bool, typer.Option(help="Run a short generation before the model is ready.")] = True,
     model_repository: Annotated[Path | None, typer.Option(help="Default: that of the source tree.")] = None,
     exit_timeout: Annotated[int, typer.Option(help="Seconds for running requests at shutdown.")] = 30,
@@ -68,6 +70,8 @@ def run(
         "queue_size": queue_size,
         "kv_memory_bytes": kv_memory_bytes,
         "threads": threads,
+        "gpu": gpu,
+        "cuda_graphs": cuda_graphs,
     }
     chosen: dict[str, Any] = {name: value for name, value in runtime.items() if value is not None}
     options = ServerOptions(

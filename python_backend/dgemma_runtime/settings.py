@@ -24,13 +24,19 @@ class RuntimeSettings:
     full_pages: int | None = None  # None: what max_batch_size whole contexts need, as far as the memory goes
     sliding_pages: int | None = None  # None: what max_batch_size sequences need
     queue_size: int = 128  # requests that may wait
-    threads: int = 0  # of the engine; 0: one per core
+    threads: int = 0  # of an engine on the CPU; 0: one per core
+    gpu: int = 0  # which one, of an engine on a GPU; counted from 0 as CUDA shows them
+    cuda_graphs: bool = True  # replay captured denoising steps, on a GPU
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            least = 0 if item.name == "threads" else 1
+            least = 0 if item.name in ("threads", "gpu") else 1
             if value is None and item.default is None:
+                continue
+            if isinstance(item.default, bool):
+                if not isinstance(value, bool):
+                    raise ConfigurationError(f"{item.name} must be true or false, got {value!r}")
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigurationError(f"{item.name} must be an integer of at least {least}, got {value!r}")

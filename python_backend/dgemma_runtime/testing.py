@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -101,7 +102,8 @@ def scripted_engine(
 
 def small_settings(**changes: int) -> RuntimeSettings:
     """Settings with short chunks and pages."""
-    return RuntimeSettings(**{"max_batch_size": 4, "prefill_chunk": 16, "prefill_budget": 32, "page_size": 5} | changes)
+    small: dict[str, Any] = {"max_batch_size": 4, "prefill_chunk": 16, "prefill_budget": 32, "page_size": 5}
+    return RuntimeSettings(**small | changes)
 
 
 def start_service(engine: Engine, settings: RuntimeSettings | None = None) -> Service:

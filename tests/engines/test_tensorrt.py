@@ -1,15 +1,11 @@
-"""The TensorRT engine over a made-up model in ordinary memory: every byte that a call sees, and every one given back."""
+"""The TensorRT engine over a made-up model in ordinary memory: every byte that a call sees, and all given back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-
-from dgemma_runtime.contract import FULL, SLIDING, LayerSpec
 
 if TYPE_CHECKING:
     from tests.engines.conftest import Harness

@@ -39,7 +39,7 @@ FROM_TRITON = {"triton_python_backend_utils", "c_python_backend_utils"}  # provi
 EXTRAS = {
     "dgemma_build": {"build", "client", "serve", "oracle", "rtx", "bench", "kernels"},
     "dgemma_client": {"client"},
-    "dgemma_runtime": {"serve"},
+    "dgemma_runtime": {"serve", "tensorrt"},
 }
 
 
@@ -152,6 +152,8 @@ def test_the_import_rules_hold(sources: Path) -> None:
     [
         ("dgemma_runtime/sampler.py", "import torch"),
         ("dgemma_runtime/scheduler.py", "import onnxruntime"),
+        ("dgemma_runtime/engines/tensorrt.py", "import cuda.bindings.runtime"),
+        ("dgemma_runtime/engines/cuda.py", "import tensorrt_rtx"),
         ("dgemma_runtime/service.py", "import triton_python_backend_utils"),
         ("dgemma_runtime/contract.py", "import dgemma_client.errors"),
         ("dgemma_client/client.py", "import dgemma_runtime.errors"),

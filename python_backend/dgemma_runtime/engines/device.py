@@ -32,7 +32,13 @@ ALIGNMENT = 256  # bytes; TensorRT asks it of every tensor's address
 
 
 class OutOfMemory(EngineError):
-    """The device has too little memory for one allocation; the message says for what and how much was free."""
+    """The device has too little memory for one allocation."""
+
+    def __init__(self, needed_bytes: int, purpose: str, free_bytes: int) -> None:
+        super().__init__(
+            f"the GPU has too little memory: {purpose} need {needed_bytes} bytes, {free_bytes} are free; "
+            "lower kv_memory_bytes, max_model_len or max_batch_size"
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Device(Protocol):
     """Memory and one stream. Raises EngineError when the device fails, OutOfMemory when it is full."""
 
     def allocate(self, nbytes: int, purpose: str) -> int:
-        """Zeroed memory at a multiple of ALIGNMENT; OutOfMemory names the `purpose`."""
+        """Zeroed memory at a multiple of ALIGNMENT; OutOfMemory names the `purpose` (a plural)."""
         ...
 
     def available_bytes(self) -> int:
@@ -126,6 +132,10 @@ class Context(Protocol):
 
     def enqueue(self) -> None:
         """Queue one run."""
+        ...
+
+    def can_be_captured(self) -> bool:
+        """Whether `enqueue` may be captured, as bound and once it has run."""
         ...
 
     def close(self) -> None: ...

@@ -29,10 +29,32 @@ def _open_onnxruntime(directory: Path, limits: EngineLimits, settings: RuntimeSe
     return OnnxRuntimeEngine(directory, limits, settings.threads)
 
 
+def _open_tensorrt(directory: Path, limits: EngineLimits, settings: RuntimeSettings) -> Engine:
+    from dgemma_runtime.engines.cuda import CudaDevice  # needs cuda-bindings, which serving on a CPU does not install
+    from dgemma_runtime.engines.tensorrt import TensorRtEngine, check_manifest
+    from dgemma_runtime.engines.tensorrt_program import check_target, program_loader, tensorrt_library
+
+    manifest = Manifest.load(directory, verify_hashes=False)
+    check_manifest(directory, manifest)
+    library = tensorrt_library(directory, manifest)
+    device = CudaDevice(settings.gpu)
+    try:
+        check_target(directory, manifest, device)
+    except BaseException:
+        device.close()
+        raise
+    return TensorRtEngine(directory, limits, device, program_loader(library, device), settings.cuda_graphs)
+
+
 def _open_scripted(directory: Path, limits: EngineLimits, settings: RuntimeSettings) -> Engine:
     from dgemma_runtime.engines.scripted_directory import open_scripted
 
     return open_scripted(directory, limits)
 
 
-_OPENERS: Mapping[str, Opener] = {"onnxruntime": _open_onnxruntime, "scripted": _open_scripted}
+_OPENERS: Mapping[str, Opener] = {
+    "onnxruntime": _open_onnxruntime,
+    "tensorrt": _open_tensorrt,
+    "tensorrt_rtx": _open_tensorrt,
+    "scripted": _open_scripted,
+}

@@ -72,7 +72,7 @@ class HostDevice:
         assert self._recording is None
         assert nbytes > 0
         if self.allocated_bytes + nbytes > self._memory_bytes:
-            raise OutOfMemory(f"{nbytes} bytes for {purpose}, {self.available_bytes()} are free")
+            raise OutOfMemory(nbytes, purpose, self.available_bytes())
         memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
         skip = -memory.ctypes.data % ALIGNMENT
         address = memory.ctypes.data + skip
@@ -180,6 +180,9 @@ class _HostContext:
         inputs = {name: array for name, array in self._views.items() if specs[name].is_input}
         outputs = {name: array for name, array in self._views.items() if not specs[name].is_input}
         self._program.device.enqueue(partial(self._program.function, self._profile, inputs, outputs))
+
+    def can_be_captured(self) -> bool:
+        return True
 
     def close(self) -> None:
         self._views = {}

@@ -72,24 +72,21 @@ class TensorRtEngine:
             check_manifest(directory, Manifest.load(directory, verify_hashes=False))
             self.manifest = Manifest.load(directory)
             self.spec = self.manifest.model
-            program = load(directory / ENGINE_FILE)
-            held.callback(program.close)
-            tensors = program.tensors
-            self._bindings = read_bindings(
-                directory / ENGINE_FILE, tensors, self.manifest, limits.max_batch_size, limits.max_encode_tokens
-            )
             try:
-                self._allocate(held, device, program, graphs)
+                self._open(held, device, directory / ENGINE_FILE, load, graphs)
             except OutOfMemory as error:
-                raise ConfigurationError(
-                    f"the GPU has too little memory: {error}; lower kv_memory_bytes, max_model_len or max_batch_size"
-                ) from None
+                raise ConfigurationError(str(error)) from None
             self._held = held.pop_all()
         self._device = device
         self._workspaces: list[Workspace] = []
         self._where: dict[int, Workspace] = {}  # canvas slot -> its workspace
 
-    def _allocate(self, held: ExitStack, device: Device, program: Program, graphs: bool) -> None:
+    def _open(self, held: ExitStack, device: Device, path: Path, load: Loader, graphs: bool) -> None:
+        program, limits = load(path), self.limits
+        held.callback(program.close)
+        self._bindings = read_bindings(
+            path, program.tensors, self.manifest, limits.max_batch_size, limits.max_encode_tokens
+        )
         self._memory = KvMemory(device, self.spec, self.manifest.kv_dtype, self.limits)
         held.callback(self._memory.close)
         fresh = FreshMemory(self._memory, self._bindings)
@@ -99,9 +96,7 @@ class TensorRtEngine:
         held.callback(self._encoder.close)
         need, free = _most_cache_bytes(self._memory, self._bindings), device.available_bytes()
         if need > free:
-            raise OutOfMemory(
-                f"{need} bytes for the contexts of {self.limits.max_batch_size} canvases, {free} are free"
-            )
+            raise OutOfMemory(need, f"the contexts of {limits.max_batch_size} canvases", free)
 
     # ------------------------------------------------------------ calls
 

@@ -60,7 +60,7 @@ class _Call:
 
     def run(self) -> None:
         """For all rows."""
-        if self._graph is None and self._ran and self._workspace.shared.graphs:
+        if self._graph is None and self._ran and self._workspace.shared.graphs and self._context.can_be_captured():
             self._graph = self._workspace.shared.memory.device.capture(self._step)
         if self._graph is None:
             self._step()
