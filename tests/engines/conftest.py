@@ -128,6 +128,9 @@ class Harness:
         sequence.table.release()
 
     def close(self) -> None:
+        """And nothing is left."""
+        if self.program.closed:
+            return
         self.engine.close()
         assert self.device.live == 0
         assert self.program.contexts == 0
@@ -135,6 +138,11 @@ class Harness:
 
 
 Make = Callable[..., Harness]
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return MANIFEST
 
 
 @pytest.fixture

@@ -2,22 +2,301 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dgemma_runtime.contract import FULL, SLIDING, LayerSpec, Manifest
+from dgemma_runtime.engines.number_formats import from_float32, to_float32
+from dgemma_runtime.errors import ConfigurationError, EngineError
 
 if TYPE_CHECKING:
-    from tests.engines.conftest import Harness
+    from tests.engines.conftest import Harness, Sequence
 
 Make = Callable[..., "Harness"]
 
 
+def prefilled(harness: Harness, context: int, most: int = 0) -> Sequence:
+    """A sequence of so many tokens, encoded in chunks."""
+    sequence = harness.sequence(max(context, most))
+    chunk = harness.engine.limits.max_encode_tokens
+    for start in range(0, context, chunk):
+        harness.encode([sequence], [min(chunk, context - start)])
+    return sequence
+
+
+# Pages of 4, a window of 11 (10 tokens of context), chunks of 24, a smallest workspace of 128 slots.
 @pytest.mark.parametrize("context", [1, 3, 4, 5, 9, 10, 11, 12, 16, 23, 24, 25, 47, 128, 129, 300])
 def test_a_context_of_any_length_is_seen_whole(make: Make, context: int) -> None:
     harness = make()
-    sequence = harness.sequence(context + 10)
-    for start in range(0, context, 24):
-        harness.encode([sequence], [min(24, context - start)])
+    sequence = prefilled(harness, context)
     for _ in range(4):
         harness.denoise({1: sequence})
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+@pytest.mark.parametrize("chunk", [5, 11, 40])
+def test_any_page_and_chunk_size(make: Make, page_size: int, chunk: int) -> None:
+    harness = make(limits=(2, chunk, page_size, 300, 200))
+    sequences = [prefilled(harness, context) for context in (37, 64)]
+    for _ in range(3):
+        harness.denoise(dict(enumerate(sequences)))
+
+
+FULLS = (LayerSpec(FULL, 1, 16), LayerSpec(FULL, 2, 8), LayerSpec(FULL, 1, 16))
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("slot_group", [1, 64])
+@pytest.mark.parametrize("layers", [FULLS[:1], FULLS, (LayerSpec(SLIDING, 3, 4),), (LayerSpec(SLIDING, 1, 24), *FULLS)])
+def test_any_layers_and_types(
+    make: Make, manifest: Manifest, layers: tuple[LayerSpec, ...], kv_dtype: str, slot_group: int
+) -> None:
+    changed = replace(manifest, model=replace(manifest.model, layers=layers), kv_dtype=kv_dtype)
+    harness = make(manifest=changed, slot_group=slot_group)
+    sequences = [prefilled(harness, context) for context in (7, 29)]
+    for _ in range(3):
+        harness.denoise(dict(enumerate(sequences)))
+
+
+def test_keys_and_values_come_back_from_the_pages(make: Make) -> None:
+    harness = make()
+    sequence = prefilled(harness, 53)
+    for layer, kept in enumerate(sequence.kept):
+        start = 53 - 10 if harness.spec.layers[layer].kind == SLIDING else 3
+        keys, values = harness.engine.keys_values(layer, sequence.table.view, start, 51)
+        for found, bits in zip((keys, values), kept[:, :, start:51], strict=True):
+            expected = to_float32(np.ascontiguousarray(bits).view(np.uint8), "bf16")
+            assert np.array_equal(found, expected.transpose(1, 0, 2))
+
+
+# ---------------------------------------------------------------- canvases
+
+
+def test_idle_canvases_keep_their_soft_embeddings(make: Make) -> None:
+    harness = make()
+    sequences = {slot: prefilled(harness, 10 + slot) for slot in range(3)}
+    for slots in ((0, 1, 2), (1,), (2, 0), (0, 1, 2), (2,), (0, 1, 2)):
+        harness.denoise({slot: sequences[slot] for slot in slots})
+
+
+def test_rows_are_filled_when_a_canvas_leaves(make: Make) -> None:
+    harness = make()
+    sequences = {slot: prefilled(harness, 20 + 9 * slot) for slot in range(3)}
+    harness.denoise(sequences)
+    harness.end(sequences.pop(0))
+    harness.denoise(sequences)
+    other = prefilled(harness, 33)
+    harness.denoise({**sequences, 0: other})
+    harness.end(sequences.pop(1))
+    harness.denoise({**sequences, 0: other})
+
+
+def test_a_first_step_starts_from_zeros_without_a_release(make: Make) -> None:
+    harness = make()
+    sequence = prefilled(harness, 12)
+    harness.denoise({0: sequence})
+    sequence.soft = None
+    harness.denoise({0: sequence})
+
+
+def test_a_page_that_changed_hands_is_laid_out_again(make: Make) -> None:
+    harness = make(limits=(1, 24, 4, 16, 20))
+    for context in (60, 64, 23, 64):
+        sequence = prefilled(harness, context)
+        harness.denoise({0: sequence})
+        harness.end(sequence)
+
+
+def test_the_next_canvas_lays_out_only_what_is_new(make: Make) -> None:
+    harness = make(limits=(2, 24, 4, 400, 60))
+    sequence = prefilled(harness, 480, most=500)
+    harness.denoise({0: sequence})
+    harness.denoise({0: sequence})
+    harness.leave(sequence)
+    harness.encode([sequence], [harness.spec.canvas_length])
+    before = harness.device.copies
+    harness.denoise({0: sequence})
+    # Two full pages hold the canvas's 5 tokens, the window's 10 tokens lie on 3 or 4 sliding pages; one of 121 pages
+    # less would not be noticed, all of them would.
+    assert harness.device.copies - before <= 2 + 4
+
+
+def test_a_long_prompt_is_laid_out_once(make: Make) -> None:
+    harness = make(limits=(1, 24, 4, 400, 60))
+    sequence = harness.sequence(960)
+    counts = []
+    for _ in range(40):
+        before = harness.device.copies
+        harness.encode([sequence], [24])
+        counts.append(harness.device.copies - before)
+    # 6 full pages of the chunk before, 4 sliding pages, and 6 pages of both groups written; all again where the
+    # number of slots doubles.
+    usual = 6 + 4 + 2 * 6
+    assert sorted(counts)[len(counts) // 2] <= usual
+    assert sum(count > usual for count in counts) <= 3
+
+
+# ---------------------------------------------------------------- workspaces and graphs
+
+
+def test_a_growing_context_moves_to_a_larger_workspace(make: Make) -> None:
+    harness = make(limits=(2, 24, 4, 800, 60))
+    short, long = prefilled(harness, 20, most=40), prefilled(harness, 115, most=720)
+    for _ in range(40):
+        harness.denoise({0: short, 1: long})
+        harness.denoise({0: short, 1: long})
+        for sequence in (short, long):
+            harness.leave(sequence)
+        harness.encode([long], [15])
+    assert long.length > 600
+
+
+@pytest.mark.parametrize(("contexts", "calls"), [((64, 100, 200), 1), ((20, 100, 200), 2), ((20, 100, 120), 1)])
+def test_canvases_gather_where_not_too_much_is_masked(make: Make, contexts: tuple[int, ...], calls: int) -> None:
+    harness = make()
+    sequences = {slot: prefilled(harness, context) for slot, context in enumerate(contexts)}
+    for _ in range(3):
+        harness.denoise(sequences)
+    assert harness.program.contexts == 1 + calls
+    assert len(harness.device.graphs) == calls
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_steps_are_captured_the_second_time_and_replayed_from_then_on(make: Make, graphs: bool) -> None:
+    harness = make(graphs=graphs)
+    sequences = {slot: prefilled(harness, 10 + slot) for slot in range(3)}
+    for _ in range(5):
+        harness.denoise(sequences)
+    assert [graph.launches for graph in harness.device.graphs] == ([4] if graphs else [])
+    harness.end(sequences.pop(0))
+    for _ in range(3):
+        harness.denoise(sequences)
+    assert [graph.launches for graph in harness.device.graphs] == ([4, 2] if graphs else [])
+
+
+def test_what_cannot_be_captured_runs_as_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgemma_runtime.engines.host_device._HostContext.can_be_captured", lambda self: False)
+    harness = make()
+    sequence = prefilled(harness, 10)
+    for _ in range(4):
+        harness.denoise({0: sequence})
+    assert harness.device.graphs == []
+
+
+def test_nothing_is_left_after_an_empty_life(make: Make) -> None:
+    make().close()
+
+
+# ---------------------------------------------------------------- too little memory
+
+
+def least_memory(make: Make, limits: tuple[int, int, int, int, int]) -> int:
+    """Bytes below which an engine refuses to start."""
+    size = 1000
+    while True:
+        try:
+            make(limits=limits, memory_bytes=size).close()
+        except ConfigurationError as error:
+            found = re.search(r"need (\d+) bytes, (\d+) are free; lower kv_memory_bytes, max_model_len or", str(error))
+            assert found, str(error)
+            size += int(found[1]) - int(found[2])
+        else:
+            return size
+
+
+def test_an_engine_says_how_much_memory_it_lacks(make: Make) -> None:
+    limits = (3, 24, 4, 260, 40)
+    size = least_memory(make, limits)
+    with pytest.raises(ConfigurationError, match="the contexts of 3 canvases need"):
+        make(limits=limits, memory_bytes=size - 1)
+    make(limits=limits, memory_bytes=size)
+
+
+def test_canvases_are_packed_tightly_where_memory_ends(make: Make) -> None:
+    """A workspace with free rows gives way to one canvas with a long context; soft embeddings are kept."""
+    harness = make(limits=(8, 24, 4, 400, 120))
+    short, long = {slot: prefilled(harness, 30 + slot) for slot in range(2)}, prefilled(harness, 600)
+    harness.denoise(short)
+    graphs = len(harness.device.graphs)
+    harness.device.memory_bytes = harness.device.allocated_bytes + 50_000
+    harness.denoise({**short, 5: long})
+    assert harness.device.allocated_bytes < harness.device.memory_bytes
+    for _ in range(3):
+        harness.denoise({**short, 5: long})
+    assert len(harness.device.graphs) == graphs + 2
+
+
+def test_an_encode_call_finds_room_too(make: Make) -> None:
+    harness = make(limits=(8, 24, 4, 400, 120))
+    sequences = {slot: prefilled(harness, 30 + slot, most=400) for slot in range(2)}
+    other = prefilled(harness, 120, most=400)
+    harness.denoise(sequences)
+    harness.device.memory_bytes = harness.device.allocated_bytes + 1000
+    harness.encode([other], [24])
+    harness.encode([other], [24])
+    harness.denoise({**sequences, 2: other})
+
+
+def test_memory_that_ends_for_good_is_an_error(make: Make) -> None:
+    harness = make()
+    sequence = prefilled(harness, 30)
+    harness.device.memory_bytes = harness.device.allocated_bytes
+    with pytest.raises(
+        EngineError, match="too little memory: the sliding_attention layers' caches, 1 rows of 16 slots"
+    ):
+        harness.denoise({0: sequence})
+
+
+# ---------------------------------------------------------------- any order of events
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(data=st.data())
+def test_any_order_of_events(make: Make, data: st.DataObject) -> None:
+    """Sequences come, grow, denoise in changing company, and go; all pages are always somebody's or free."""
+    limits = (3, 24, 4, 260, 40)
+    memory = data.draw(st.sampled_from([2**40, 0])) or least_memory(make, limits)
+    harness = make(limits=limits, memory_bytes=memory, slot_group=data.draw(st.sampled_from([1, 64])))
+    live: dict[int, Sequence] = {}
+    for _ in range(data.draw(st.integers(1, 25))):
+        free = [slot for slot in range(3) if slot not in live]
+        kind = data.draw(st.sampled_from(["start", "encode", "denoise", "denoise", "leave", "end"]))
+        if kind == "start" and free:
+            live[free[0]] = prefilled(harness, data.draw(st.integers(1, 200)), most=340)
+            continue
+        chosen = {slot: one for slot, one in live.items() if data.draw(st.booleans())}
+        if kind == "encode":
+            ready = [one for one in chosen.values() if one.slot is None and one.length < 310]
+            harness.encode(ready, [data.draw(st.integers(1, 24)) for _ in ready])
+        elif kind == "denoise" and chosen:
+            harness.denoise(chosen)
+        else:
+            for slot, one in chosen.items():
+                if kind == "leave" and one.slot is not None:
+                    harness.leave(one)
+                elif kind == "end":
+                    harness.end(live.pop(slot))
+    harness.close()
+
+
+# ---------------------------------------------------------------- inspection
+
+
+def test_a_soft_embedding_can_be_read_and_replaced(make: Make) -> None:
+    harness = make()
+    sequences = {slot: prefilled(harness, 10 + slot) for slot in range(2)}
+    harness.denoise(sequences)
+    one = sequences[1]
+    assert one.soft is not None
+    assert np.array_equal(harness.engine.soft_embedding(1), to_float32(one.soft.view(np.uint8), "bf16"))
+    values = np.random.default_rng(0).standard_normal(one.soft.shape, np.float32)
+    harness.engine.set_soft_embedding(1, values)
+    one.soft = from_float32(values, "bf16").view(np.uint16)
+    harness.denoise(sequences)

@@ -54,7 +54,7 @@ class HostDevice:
         self.allocated_bytes = 0
         self.copies = 0  # calls of `copy` outside of replays
         self.graphs: list[HostGraph] = []
-        self._memory_bytes = memory_bytes
+        self.memory_bytes = memory_bytes
         self._starts: list[int] = []  # addresses of live allocations, ascending
         self._blocks: dict[int, HostBytes] = {}
         self._host: dict[int, HostBytes] = {}
@@ -71,7 +71,7 @@ class HostDevice:
     def allocate(self, nbytes: int, purpose: str) -> int:
         assert self._recording is None
         assert nbytes > 0
-        if self.allocated_bytes + nbytes > self._memory_bytes:
+        if self.allocated_bytes + nbytes > self.memory_bytes:
             raise OutOfMemory(nbytes, purpose, self.available_bytes())
         memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
         skip = -memory.ctypes.data % ALIGNMENT
@@ -82,7 +82,7 @@ class HostDevice:
         return address
 
     def available_bytes(self) -> int:
-        return self._memory_bytes - self.allocated_bytes
+        return self.memory_bytes - self.allocated_bytes
 
     def free(self, address: int) -> None:
         self.synchronize()

@@ -111,9 +111,9 @@ class TensorRtEngine:
                 self._encoder.encode(row)
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> DenoiseResult:
-        for row in rows:
-            if row.first_step:
-                self._place(row.slot, row.position, row.pages)
+        starting = [row for row in rows if row.first_step]
+        for row in sorted(starting, key=lambda row: -row.position):  # shorter contexts join longer ones
+            self._place(row.slot, row.position, row.pages)
         queued = []
         for workspace in {id(self._where[row.slot]): self._where[row.slot] for row in rows}.values():
             members = [index for index, row in enumerate(rows) if self._where[row.slot] is workspace]
