@@ -20,11 +20,11 @@ LOCK := artifacts/lock/bin/uv pip compile pyproject.toml --universal --python-ve
 	--no-emit-package torch --custom-compile-command "make lock" --quiet $(LOCK_ARGS)
 TWO_COLUMNS := while IFS='|' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
-.PHONY: help setup demo serve engines test check bench accept lock clean
+.PHONY: help setup demo serve engines test check bench accept gpu-check lock clean
 
 help: ## List the targets and settings
 	@echo "Targets:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | $(TWO_COLUMNS)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | $(TWO_COLUMNS)
 	@echo "Settings, as in make NAME=VALUE ...:"
 	@sed -n 's/^#: \([A-Z_]*\) \(.*\)/\1|\2/p' Makefile | $(TWO_COLUMNS)
 
@@ -34,6 +34,7 @@ help: ## List the targets and settings
 #: PYTEST_ARGS more arguments for pytest
 #: BENCH_ARGS more arguments for the benchmark
 #: ACCEPT_ARGS more arguments for the acceptance table
+#: GPU_CHECK_ARGS more arguments for the GPU check, e.g. --quick
 #: LOCK_ARGS more arguments for `make lock`, e.g. --upgrade
 
 setup: .venv/.demo-installed ## Install what serving needs into .venv (the other targets do it themselves)
@@ -61,6 +62,10 @@ bench: .venv/.test-installed $(ENGINE)/config.json ## Compare engine and server 
 
 accept: .venv/.test-installed $(ENGINE)/config.json ## Measure every row of the acceptance table beside its bar
 	@$(BIN)/python -m dgemma_build.accept $(ACCEPT_ARGS)
+
+# By an interpreter that has torch's CUDA build and triton, and needs nothing else: no .venv is made.
+gpu-check: ## Check the kernels on this machine's GPU with PYTHON (which needs torch and triton): numbers, speed, whole steps
+	@PYTHONPATH=build:python_backend $(or $(PYTHON),python3) -m dgemma_build.gpu_check $(GPU_CHECK_ARGS)
 
 lock: artifacts/lock/bin/uv ## Resolve pyproject.toml again into test.lock and, as a subset of it, demo.lock
 	@$(LOCK) --extra test --output-file test.lock

@@ -20,6 +20,7 @@ from dgemma_build.kernels.compile import Report
 
 SHARED_LIMIT = 227 * 1024  # bytes
 NO_PRODUCT = {"head_choose", "head_sum", "experts_sort", "experts_sum", "attention_sum"}
+NO_PRODUCT |= {"choose_experts", "add_norm", "end_layer", "gated_rows", "quantise_rows", "rotate_heads"}
 
 
 def command(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from dgemma_build.kernels.experts import LARGE, ExpertsConfig, ExpertSizes, experts_kernels, grouped_experts
-from dgemma_build.kernels.packing import ExpertWeights, WeightFormat, pack_experts, pack_int4, to_int4, unpack_int4
+from dgemma_build.kernels.packing import (
+    ExpertWeights,
+    WeightFormat,
+    dequantised,
+    pack_experts,
+    pack_int4,
+    to_int4,
+    unpack_int4,
+)
 from dgemma_runtime.errors import ConfigurationError
 
 SMALL = ExpertsConfig(tokens=16, inner=16, columns=32, step=32, sum_columns=64)
@@ -17,24 +25,10 @@ INT4 = [WeightFormat("int4", group) for group in (32, 64, 128)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}  # of the greatest output
 
 
-def dequantised(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
-    """Both matrices as the kernels are to see them."""
-
-    def one(stored: Tensor, scale: Tensor) -> Tensor:
-        if weights.form.kind == "plain":
-            return stored
-        if weights.form.kind == "fp8":
-            return stored.float() * scale[..., None]
-        values = unpack_int4(stored, weights.form).float() - 8
-        by_input = scale.float().repeat_interleave(weights.form.group, dim=-1)[..., : values.shape[-1]]
-        return values * by_input
-
-    return one(weights.gate_up, weights.gate_up_scale), one(weights.down, weights.down_scale)
-
-
 def reference(x: Tensor, chosen: Tensor, share: Tensor, weights: ExpertWeights) -> Tensor:
     """The definition in float64, token by token."""
-    gate_up, down = (matrix.double() for matrix in dequantised(weights))
+    stored = ((weights.gate_up, weights.gate_up_scale), (weights.down, weights.down_scale))
+    gate_up, down = (dequantised(matrix, scale, weights.form).double() for matrix, scale in stored)
     out = torch.zeros(x.shape, dtype=torch.float64)
     for token, (experts, shares) in enumerate(zip(chosen.tolist(), share.tolist(), strict=True)):
         for expert, weight in zip(experts, shares, strict=True):

@@ -9,8 +9,9 @@ from dgemma_build.kernels.experts import LARGE, ExpertsConfig, ExpertSizes, expe
 from dgemma_build.kernels.head import HeadConfig, head_kernels
 from dgemma_build.kernels.launch import Kernel
 from dgemma_build.kernels.packing import GROUPS, WeightFormat
+from dgemma_build.kernels.small import choose_kernel, gated_kernel, norm_kernels, quantise_kernel, rotate_kernel
 
-HIDDEN, VOCABULARY = 2816, 262_144
+HIDDEN, VOCABULARY, DENSE_INNER = 2816, 262_144, 2112
 EXPERTS = ExpertSizes(experts=128, top_k=8, hidden=HIDDEN, inner=704)
 SLIDING = AttentionSizes(heads=16, kv_heads=8, head_dim=256, window=1024, page=64)
 FULL = AttentionSizes(heads=16, kv_heads=2, head_dim=512, window=0, page=64)
@@ -33,3 +34,18 @@ def released_kernels() -> Iterator[tuple[str, Kernel]]:
             parts, total = attention_kernels(sizes, "bf16", cache, AttentionConfig.for_sizes(sizes, cache))
             yield f"{name}-{cache.removesuffix('e4nv')}", parts
         yield name, total
+    yield from _small_kernels()
+
+
+def _small_kernels() -> Iterator[tuple[str, Kernel]]:
+    yield "bf16", choose_kernel(EXPERTS.experts, EXPERTS.top_k, "bf16")
+    for operand in ("bf16", "fp8"):
+        for kernel in (
+            *norm_kernels(HIDDEN, "bf16", operand == "fp8"),
+            gated_kernel(DENSE_INNER, "bf16", operand == "fp8"),
+        ):
+            yield operand, kernel
+    for name, sizes in (("sliding", SLIDING), ("full", FULL)):
+        yield name, quantise_kernel(sizes.heads * sizes.head_dim, "bf16")
+        for cache in ("bf16", "fp8e4nv"):
+            yield f"{name}-{cache.removesuffix('e4nv')}", rotate_kernel(sizes, "bf16", cache, sizes.window > 0)

@@ -81,15 +81,48 @@ def to_fp8(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_int4(weights: Tensor, form: WeightFormat) -> tuple[Tensor, Tensor]:
-    """Bytes [..., out, in / 2] and scales [..., out, groups] of weights [..., out, in]."""
+    """Bytes [..., out, in / 2] and scales [..., out, groups] of weights [..., out, in], rounded to nearest.
+
+    Scales meet each group's greatest value; `dgemma_build.quantize` finds better ones, for `int4_weights`.
+    """
     inputs = weights.shape[-1]
     form.run(inputs)
     padding = -inputs % form.group
     grouped = torch.nn.functional.pad(weights.float(), (0, padding))
     grouped = grouped.reshape(*weights.shape[:-1], -1, form.group)
     scale = (grouped.abs().amax(dim=-1).clamp(min=1e-12) / 7).to(weights.dtype)
-    values = (grouped / scale.float()[..., None]).round().clamp(-8, 7) + 8
-    return pack_int4(values.to(torch.uint8).flatten(-2)[..., :inputs], form), scale
+    values = (grouped / scale.float()[..., None]).round().clamp(-8, 7).to(torch.int8)
+    return int4_weights(values.flatten(-2)[..., :inputs], scale, form, weights.dtype)
+
+
+def int4_weights(values: Tensor, scale: Tensor, form: WeightFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the kernels read, bytes [..., out, in / 2] and scales in `dtype`, of any quantiser's integers.
+
+    values [..., out, in] are int8 from -8 to 7, or uint8 from 0 to 15 with 8 for zero; scale [..., out, groups]. Raises
+    ConfigurationError for scales that `dtype` does not hold exactly, as the weights would be others than were chosen.
+    """
+    groups = -(-values.shape[-1] // form.group)
+    if scale.shape != (*values.shape[:-1], groups):
+        raise ConfigurationError(
+            f"scales {tuple(scale.shape)}: values {tuple(values.shape)} in groups of {form.group} need "
+            f"{(*values.shape[:-1], groups)}"
+        )
+    if values.dtype not in (torch.int8, torch.uint8):
+        raise ConfigurationError(f"int4 values in {values.dtype}: give int8 (-8 to 7) or uint8 (0 to 15)")
+    stored = (values + 8).to(torch.uint8) if values.dtype == torch.int8 else values
+    if stored.numel() and int(stored.max()) > 15:
+        raise ConfigurationError(f"int4 values in {values.dtype}: give -8 to 7 as int8 or 0 to 15 as uint8")
+    kept = scale.to(dtype)
+    if not torch.equal(kept.to(scale.dtype), scale):
+        raise ConfigurationError(
+            f"int4 scales: {dtype} does not hold them exactly; round them before values are chosen"
+        )
+    return pack_int4(stored, form), kept
+
+
+def split_pairs(pairs: Tensor) -> Tensor:
+    """Values 0 to 15 [..., in] of bytes [..., in / 2], low halves first: the order of `dgemma_build.quantize`."""
+    return torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(-2)
 
 
 def pack_int4(values: Tensor, form: WeightFormat) -> Tensor:
@@ -104,3 +137,13 @@ def unpack_int4(packed: Tensor, form: WeightFormat) -> Tensor:
     run = form.run(2 * packed.shape[-1])
     by_run = packed.reshape(*packed.shape[:-1], -1, run // 2)
     return torch.stack([by_run & 15, by_run >> 4], dim=-2).flatten(-3)
+
+
+def dequantised(stored: Tensor, scale: Tensor, form: WeightFormat) -> Tensor:
+    """The numbers [..., out, in] that stored weights stand for: float32, but plain ones as they are."""
+    if form.kind == "plain":
+        return stored
+    if form.kind == "fp8":
+        return stored.float() * scale[..., None]
+    values = unpack_int4(stored, form).float() - 8
+    return values * scale.float().repeat_interleave(form.group, dim=-1)[..., : values.shape[-1]]
