@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dgemma_runtime.contract import FULL, SLIDING, LayerSpec, Manifest
+from dgemma_runtime.engines.device import Array
 from dgemma_runtime.engines.number_formats import from_float32, to_float32
 from dgemma_runtime.errors import ConfigurationError, EngineError
 
@@ -114,6 +115,34 @@ def test_a_page_that_changed_hands_is_laid_out_again(make: Make) -> None:
         harness.end(sequence)
 
 
+def shortened(sequence: Sequence, length: int) -> Sequence:
+    """The same sequence as it was with fewer tokens."""
+    return replace(sequence, kept=[part[:, :, :length] for part in sequence.kept], length=length, slot=None, soft=None)
+
+
+def test_a_page_of_which_only_the_beginning_was_laid_out_is_completed(make: Make) -> None:
+    harness = make()
+    whole, other = prefilled(harness, 9), prefilled(harness, 9)
+    for length in (6, 7, 5, 7):
+        harness.denoise({0: other, 1: (one := shortened(whole, length))})
+        harness.leave(other)
+        harness.denoise({1: one})  # moves to the first row
+        harness.leave(one)
+        harness.denoise({1: (longer := shortened(whole, length + 2))})
+        harness.leave(longer)
+
+
+def test_a_row_that_another_canvas_moved_to_is_laid_out_again(make: Make) -> None:
+    harness = make()
+    sequences = {slot: prefilled(harness, 21 + slot) for slot in range(2)}
+    for _ in range(3):
+        harness.denoise(sequences)
+        harness.leave(sequences[0])
+        harness.denoise({1: sequences[1]})
+        harness.leave(sequences[1])
+        harness.denoise({0: sequences[0]})
+
+
 def test_the_next_canvas_lays_out_only_what_is_new(make: Make) -> None:
     harness = make(limits=(2, 24, 4, 400, 60))
     sequence = prefilled(harness, 480, most=500)
@@ -141,6 +170,20 @@ def test_a_long_prompt_is_laid_out_once(make: Make) -> None:
     usual = 6 + 4 + 2 * 6
     assert sorted(counts)[len(counts) // 2] <= usual
     assert sum(count > usual for count in counts) <= 3
+
+
+def test_a_short_prompt_after_a_long_one_is_not_encoded_among_many_masked_slots(make: Make) -> None:
+    harness = make()
+    shapes, function = [], harness.program.function
+
+    def watched(profile: int, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        shapes.append(inputs["key_cache_2"].shape[2] * 64)
+        function(profile, inputs, outputs)
+
+    harness.program.function = watched
+    prefilled(harness, 600)
+    prefilled(harness, 48)
+    assert shapes == [128] * 6 + [256] * 5 + [512] * 11 + [1024] * 3 + [128] * 2
 
 
 # ---------------------------------------------------------------- workspaces and graphs
@@ -204,9 +247,10 @@ def least_memory(make: Make, limits: tuple[int, int, int, int, int]) -> int:
         try:
             make(limits=limits, memory_bytes=size).close()
         except ConfigurationError as error:
-            found = re.search(r"need (\d+) bytes, (\d+) are free; lower kv_memory_bytes, max_model_len or", str(error))
-            assert found, str(error)
-            size += int(found[1]) - int(found[2])
+            numbers = re.findall(
+                r"need (\d+) bytes, (\d+) are free; lower kv_memory_bytes, max_model_len or", str(error)
+            )
+            size += int(numbers[0][0]) - int(numbers[0][1])
         else:
             return size
 

@@ -59,7 +59,6 @@ class Encoder:
         fits = need <= self._slots <= max(2 * need, smallest_slots(bindings))
         slots = self._slots if fits else slots_for(need, bindings)
         if slots > self._allocated:
-            self._slots = self._allocated = 0  # should there be too little memory, the next call asks for it again
             free_blocks(self._shared.memory, self._memory)
             self._memory = allocate_blocks(self._shared.memory, 1, slots)
             self._allocated = slots

@@ -252,10 +252,15 @@ class OnnxRuntimeEngine:
     # ------------------------------------------------------------ inspection, for parity checks
 
     def soft_embedding(self, slot: int) -> npt.NDArray[np.float32]:
-        """A view of the soft embedding [canvas_length, hidden] that the canvas in `slot` takes into its next step."""
+        """A copy of the soft embedding [canvas_length, hidden] that the canvas in `slot` takes into its next step."""
         workspace = self._where[slot]
-        soft: npt.NDArray[np.float32] = workspace.small["soft_embedding"][workspace.occupants.index(slot)]
+        soft: npt.NDArray[np.float32] = workspace.small["soft_embedding"][workspace.occupants.index(slot)].copy()
         return soft
+
+    def set_soft_embedding(self, slot: int, values: npt.NDArray[np.float32]) -> None:
+        """Replace it."""
+        workspace = self._where[slot]
+        workspace.small["soft_embedding"][workspace.occupants.index(slot)] = values
 
     def keys_values(
         self, layer: int, pages: SequencePages, start: int, stop: int

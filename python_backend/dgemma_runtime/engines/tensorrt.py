@@ -34,7 +34,7 @@ from dgemma_runtime.errors import ConfigurationError, ManifestError
 
 BACKENDS = ("tensorrt", "tensorrt_rtx")
 ENGINE_FILE = "rank0.engine"
-_PRECISIONS, _KV_DTYPES = ("bf16", "fp16", "fp8", "int4"), ("bf16", "fp16", "fp8")
+_PRECISIONS, _KV_DTYPES = ("fp32", "bf16", "fp16", "fp8", "int4"), ("fp32", "bf16", "fp16", "fp8")
 _WASTE = 4  # a canvas may stand among so many times as many slots as it needs, to share a call
 _SPARE_SLOTS = 4096  # by which rounding up makes a row longer than its context, at most
 
