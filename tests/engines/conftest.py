@@ -23,6 +23,7 @@ from dgemma_runtime.contract import (
 )
 from dgemma_runtime.engines.bindings import Bindings
 from dgemma_runtime.engines.device import STORAGE, Array
+from dgemma_runtime.engines.emulated_tensorrt import ENGINE_BYTES
 from dgemma_runtime.engines.host_device import HostDevice, HostProgram
 from dgemma_runtime.engines.scripted import scripted_manifest
 from dgemma_runtime.engines.scripted_program import answer, new_keys_values, scripted_program, visible
@@ -36,9 +37,9 @@ MANIFEST = replace(
 )
 
 
-def write_directory(directory: Path, manifest: Manifest = MANIFEST) -> Path:
+def write_directory(directory: Path, manifest: Manifest = MANIFEST, content: bytes = ENGINE_BYTES) -> Path:
     directory.mkdir(exist_ok=True)
-    (directory / ENGINE_FILE).write_bytes(b"an engine")
+    (directory / ENGINE_FILE).write_bytes(content)
     replace(manifest, files={ENGINE_FILE: file_sha256(directory / ENGINE_FILE)}).save(directory)
     return directory
 
@@ -143,6 +144,17 @@ Make = Callable[..., Harness]
 @pytest.fixture
 def manifest() -> Manifest:
     return MANIFEST
+
+
+@pytest.fixture
+def write() -> Callable[..., Path]:
+    """`write_directory`, for modules that cannot import this one."""
+    return write_directory
+
+
+@pytest.fixture
+def harness_of() -> type[Harness]:
+    return Harness
 
 
 @pytest.fixture

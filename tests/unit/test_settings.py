@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -20,8 +21,17 @@ DEMO = replace(MANIFEST, model=replace(MANIFEST.model, layers=LAYERS))
 @pytest.mark.parametrize("name", ["max_model_len", "max_batch_size", "prefill_chunk", "page_size", "queue_size"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "8"])
 def test_odd_settings_are_refused(name: str, value: int) -> None:
+    settings: dict[str, Any] = {name: value}
     with pytest.raises(ConfigurationError, match=rf"{name} must be an integer of at least 1, got"):
-        RuntimeSettings(**{name: value})
+        RuntimeSettings(**settings)
+
+
+def test_settings_of_gpus() -> None:
+    assert RuntimeSettings(gpu=0).cuda_graphs is True
+    with pytest.raises(ConfigurationError, match="gpu must be an integer of at least 0, got -1"):
+        RuntimeSettings(gpu=-1)
+    with pytest.raises(ConfigurationError, match="cuda_graphs must be true or false, got 1"):
+        RuntimeSettings(cuda_graphs=1)  # type: ignore[arg-type]
 
 
 def test_what_must_be_given_may_not_be_none() -> None:
@@ -72,7 +82,8 @@ def test_memory_limits_the_pages_but_never_the_context() -> None:
 def test_page_counts_can_be_given() -> None:
     limits = plan_limits(DEMO, RuntimeSettings(full_pages=4096, sliding_pages=10))
     assert (limits.full_pages, limits.sliding_pages) == (4096, 10)
-    for change in ({"full_pages": 4095}, {"sliding_pages": 9}, {"full_pages": 100_000}):
+    changes: list[dict[str, Any]] = [{"full_pages": 4095}, {"sliding_pages": 9}, {"full_pages": 100_000}]
+    for change in changes:
         with pytest.raises(ConfigurationError, match="raise kv_memory_bytes or the page counts"):
             plan_limits(DEMO, RuntimeSettings(**change))
 
@@ -84,6 +95,12 @@ def test_a_short_context_needs_little() -> None:
 
 def test_commits_fit_into_an_encode_call() -> None:
     assert plan_limits(DEMO, RuntimeSettings(prefill_chunk=16)).max_encode_tokens == 64
+
+
+def test_a_chunk_is_the_engine_s_at_most() -> None:
+    limited = replace(DEMO, max_encode_tokens=96)
+    assert plan_limits(limited, RuntimeSettings()).max_encode_tokens == 96
+    assert plan_limits(limited, RuntimeSettings(prefill_chunk=80)).max_encode_tokens == 80
 
 
 def test_the_batch_is_the_engine_s_at_most() -> None:

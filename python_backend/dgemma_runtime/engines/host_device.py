@@ -141,15 +141,22 @@ class HostDevice:
         return np.lib.stride_tricks.as_strided(flat, (depth, height, width), (plane, memory.pitch, 1))
 
     def capture(self, work: Work) -> HostGraph:
-        assert self._recording is None
-        self._recording = []
+        recorded = self.begin_capture()
         try:
             work()
-            recorded = self._recording
         finally:
-            self._recording = None
+            self.end_capture()
         self.graphs.append(HostGraph(self, recorded))
         return self.graphs[-1]
+
+    def begin_capture(self) -> list[Work]:
+        """Where work goes until `end_capture`, instead of being run."""
+        assert self._recording is None
+        self._recording = []
+        return self._recording
+
+    def end_capture(self) -> None:
+        self._recording = None
 
     def synchronize(self) -> None:
         assert self._recording is None
