@@ -99,6 +99,25 @@ def test_tensorrt_has_every_name_that_is_used() -> None:
     assert {"FLOAT", "HALF", "BF16", "FP8", "INT32", "INT64", "BOOL"} <= tensorrt_rtx.DataType.__members__.keys()
 
 
+def test_tensorrt_takes_the_log_and_a_mapped_file(tmp_path: Path) -> None:
+    """What is no engine ends in TensorRT's own words."""
+    (tmp_path / "rank0.engine").write_bytes(bytes(4096))
+    script = """
+import sys
+from pathlib import Path
+import tensorrt_rtx
+from dgemma_runtime.engines.host_device import HostDevice
+from dgemma_runtime.engines.tensorrt_program import TensorRtProgram
+from dgemma_runtime.errors import ManifestError
+try:
+    TensorRtProgram(tensorrt_rtx, HostDevice(), Path(sys.argv[1]))
+except ManifestError as error:
+    print(error)
+"""
+    message = python(script, str(tmp_path / "rank0.engine"))
+    assert re.search(r"rank0.engine: tensorrt_rtx cannot load it: .*(Error|rror Code).*; build the engine", message)
+
+
 OPEN = """
 import sys
 from pathlib import Path
