@@ -37,7 +37,7 @@ FROM_TRITON = {"triton_python_backend_utils", "c_python_backend_utils"}  # provi
 
 # Which extras each package may import from: what the extra's users have installed.
 EXTRAS = {
-    "dgemma_build": {"build", "client", "serve", "oracle", "rtx", "bench", "kernels"},
+    "dgemma_build": {"build", "client", "serve", "oracle", "rtx", "bench", "kernels", "tensorrt"},
     "dgemma_client": {"client"},
     "dgemma_runtime": {"serve", "tensorrt"},
 }
