@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,21 @@ def test_a_failure_is_a_row_and_the_others_still_run(
         raise RuntimeError("an illegal\nmemory access")
 
     monkeypatch.setattr(cases, "fused_head", broken)
-    rows = list(Bench(machine, tiny, little, CARD).rows("1 canvas"))
-    heads = [row for row in rows if row.name.startswith("head")]
-    assert [row.error for row in heads] == ["RuntimeError: an illegal memory access"]
-    assert not heads[0].numbers_hold
-    assert "FAILED: RuntimeError: an illegal memory access" in line(heads[0])
-    assert any(row.name.startswith("experts") and row.numbers_hold for row in rows)
+    chosen = [case for case in all_cases(tiny, little) if case.name in ("head, 1 canvas", "experts fp8, 1 canvas")]
+    monkeypatch.setattr(measure, "all_cases", lambda sizes, scope: iter(chosen))
+    monkeypatch.setattr(measure, "PRECISIONS", ())
+    head, experts = Bench(machine, tiny, little, CARD).rows()
+    assert head.error == "RuntimeError: an illegal memory access"
+    assert not head.numbers_hold
+    assert "FAILED: RuntimeError: an illegal memory access" in line(head)
+    assert experts.numbers_hold
+
+
+def test_one_context_of_whole_steps_can_be_asked_for(machine: Machine, tiny: ModelSizes, little: Scope) -> None:
+    scope = replace(little, step_contexts=(40, 24))
+    (row,) = Bench(machine, tiny, scope, CARD).rows("step fp8, 2 layers, 1 canvas behind 24")
+    assert row.numbers_hold
+    assert row.bar is None, "the bar is for the first context"
 
 
 def test_wrong_numbers_are_found(

@@ -37,20 +37,21 @@ class Bench:
             if only in case.name:
                 yield from self._guarded(case.name, partial(self._case, case))
         for precision in PRECISIONS:
-            numbers, whole = f"step {precision}, 2 layers, 2 canvases", f"step {precision}, {self.scope.layers} layers"
+            numbers = f"step {precision}, 2 layers, 2 canvases"
             if only in numbers:
                 yield from self._guarded(numbers, partial(self._numbers, numbers, precision))
-            if only in whole:
-                yield from self._guarded(whole, partial(self._steps, whole, precision))
+            whole = f"step {precision}, {self.scope.layers} layers, 1 canvas"
+            contexts = {f"{whole} behind {context:,}": context for context in self.scope.step_contexts}
+            if chosen := {name: context for name, context in contexts.items() if only in name}:
+                yield from self._guarded(whole, partial(self._steps, chosen, precision))
 
     def _guarded(self, name: str, make: Callable[[], Iterator[Row]]) -> Iterator[Row]:
-        """One kernel that does not run must not cost the figures of the others."""
+        """One kernel that does not run must not cost the figures of the others. Gives back what the one before held."""
         try:
+            self.machine.release()
             yield from make()
         except Exception as error:  # noqa: BLE001 - whatever a compiler, a driver or a kernel raises belongs in the row
             yield Row(name, error=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
-        finally:
-            self.machine.release()
 
     def _case(self, case: Case) -> Iterator[Row]:
         machine = self.machine
@@ -85,16 +86,17 @@ class Bench:
         self.machine.wait()
         yield Row(name, checks)
 
-    def _steps(self, name: str, precision: str) -> Iterator[Row]:
+    def _steps(self, contexts: dict[str, int], precision: str) -> Iterator[Row]:
+        """One row a context, by name, over the same weights."""
         kinds = tuple(self.sizes.layers(self.scope.layers))
         weights = random_weights(self.machine, self.sizes, kinds, precision, SMALL_BRANCH)
-        for context in self.scope.step_contexts:
+        for name, context in contexts.items():
             rows = Canvases(1, self.sizes.canvas, context, True)
             inputs = random_inputs(self.machine, self.sizes, kinds, rows, self._cache(precision))
             step = Step(self.machine, self.sizes, weights, inputs)
             first = context == self.scope.step_contexts[0]
             bar = STEP_BAR if precision == "fp8" and first else None
-            yield self._step(f"{name}, 1 canvas behind {context:,}", step, bar)
+            yield self._step(name, step, bar)
 
     def _step(self, name: str, step: Step, bar: float | None) -> Row:
         machine, scope = self.machine, self.scope
