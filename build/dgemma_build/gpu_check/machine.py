@@ -137,7 +137,8 @@ def driver_version() -> str:
         return "unknown: neither /proc/driver/nvidia/version nor nvidia-smi is there"
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     run = subprocess.run(command, capture_output=True, text=True)
-    return run.stdout.strip().splitlines()[0] if run.returncode == 0 else f"unknown: {run.stderr.strip()}"
+    lines = run.stdout.strip().splitlines()
+    return lines[0] if run.returncode == 0 and lines else f"unknown: {run.stderr.strip()}"
 
 
 def what_is_missing() -> str:

@@ -3,7 +3,7 @@
 Experts are those that the step under test chose: whether they were the right ones is an error of its own, so that a
 near tie does not count as a wrong sum. Operands of fp8 products are rounded to E4M3 here too, but a difference in the
 last of 16 bits may become one in the last bit of E4M3: two runs of this very reference, one with inputs moved by
-bfloat16's rounding, are 0.04 apart after one layer and 0.08 after two.
+bfloat16's rounding, are 0.09 apart after two layers of the released sizes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dgemma_build.gpu_check.step_weights import Dense, LayerWeights
 from dgemma_build.kernels.packing import to_fp8
 from dgemma_build.kernels.small import Rotation
 
-HIDDEN = {"bf16": 3e-2, "fp8": 0.15, "int4": 3e-2}  # relative, over all rows
-CHOICE = {"bf16": 0.3, "fp8": 1.0, "int4": 0.3}  # by how much an expert left out may be more probable than one taken
+HIDDEN = {"bf16": 3e-2, "fp8": 0.2, "int4": 3e-2}  # relative, over all rows
+CHOICE = {"bf16": 0.3, "fp8": 2.0, "int4": 0.3}  # by how much an expert left out may be more probable than one taken
 
 
 class StepReference:
