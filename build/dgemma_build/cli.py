@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dgemma_build.backends import PRECISIONS
 from dgemma_build.bars import Bars
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.plan.command import plan_command
-from dgemma_runtime.errors import DGemmaError
+from dgemma_build.tensorrt_llm import FLAGS
+from dgemma_runtime.errors import ConfigurationError, DGemmaError
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Build engines for DiffusionGemma."
@@ -23,26 +25,51 @@ console = Console(stderr=True)
 
 app.command("plan")(plan_command)
 
-CheckpointOption = Annotated[Path, typer.Option(help="Checkpoint directory in transformers' format.")]
+CheckpointOption = Annotated[
+    Path, typer.Option("--checkpoint", "--checkpoint_dir", help="Checkpoint directory in transformers' format.")
+]
 
 
 @app.command()
 def engine(
     checkpoint: CheckpointOption,
-    output: Annotated[Path, typer.Option(help="Engine directory to write; replaced as a whole when complete.")],
-    backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt_rtx.")] = "onnxruntime",
+    output: Annotated[
+        Path,
+        typer.Option("--output", "--output_dir", help="Engine directory to write; replaced as a whole when complete."),
+    ],
+    backend: Annotated[str, typer.Option(help=f"{', '.join(PRECISIONS)}.")] = "onnxruntime",
     precision: Annotated[
-        str, typer.Option(help="fp32, int8 or int4 (onnxruntime); bf16 or fp16 (tensorrt_rtx).")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="Of the large matrices: fp32, int8 or int4 (onnxruntime); bf16, fp8 or int4 (tensorrt, tensorrt_rtx).",
+            show_default="the backend's first",
+        ),
+    ] = None,
+    kv_precision: Annotated[
+        str, typer.Option(help="Of keys and values: bf16 or fp8 (not onnxruntime).", show_default="bf16; else fp32")
+    ] = "",
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens, prompt and output together.", show_default="the checkpoint's")
+        int | None,
+        typer.Option(
+            "--max-model-len",
+            "--max_seq_len",
+            help="Tokens, prompt and output together.",
+            show_default="the checkpoint's",
+        ),
     ] = None,
     max_batch_size: Annotated[
-        int | None, typer.Option(help="Canvases in one step.", show_default="chosen when serving")
+        int | None,
+        typer.Option(
+            "--max-batch-size", "--max_batch_size", help="Canvases in one step.", show_default="chosen when serving"
+        ),
     ] = None,
+    plugins: Annotated[
+        bool, typer.Option("--plugins", help="tensorrt on Hopper: experts and head as kernels of this project.")
+    ] = False,
 ) -> None:
     """Turn a checkpoint into a directory that the server loads."""
-    request = BuildRequest(checkpoint, output, backend, precision, max_model_len, max_batch_size)
+    chosen = precision or PRECISIONS.get(backend, ("",))[0]
+    request = BuildRequest(checkpoint, output, backend, chosen, kv_precision, plugins, max_model_len, max_batch_size)
     started = time.monotonic()
     with Bars(console) as bars:
         manifest = build_engine(request, bars)
@@ -75,6 +102,9 @@ def verify(
 def main() -> None:
     """Entry point: errors we raise on purpose are one line on stderr and exit code 2."""
     try:
+        for flag in FLAGS:
+            if not flag.ours and any(word.split("=")[0] == flag.name for word in sys.argv[1:]):
+                raise ConfigurationError(f"{flag.name}: there is no such option here ({flag.meaning}); leave it out")
         app()
     except DGemmaError as error:
         console.print(f"[bold red]error:[/] {error}", highlight=False)

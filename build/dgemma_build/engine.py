@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgemma_build.backends import Backend, backend_for
+from dgemma_build.backends import Backend, CallLimits, backend_for
 from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.data_file import allocate, journal_of, size_of, write_weights
 from dgemma_build.graph import author_graph
@@ -40,14 +40,17 @@ class BuildRequest:
     output: Path
     backend: str = "onnxruntime"
     precision: str = "fp32"
+    kv_precision: str = ""  # "": the backend's own
+    plugins: bool = False  # see `tensorrt.recipe`
     max_model_len: int | None = None  # tokens
     max_batch_size: int | None = None  # canvases
 
 
-def build_engine(request: BuildRequest, progress: Progress | None = None) -> Manifest:
+def build_engine(request: BuildRequest, progress: Progress | None = None, backend: Backend | None = None) -> Manifest:
     """Build into a directory beside `output` and move it there; nothing half-written is ever loadable.
 
-    A build that was interrupted while it wrote weights goes on where it stopped when it is asked for again.
+    A build that was interrupted while it wrote weights goes on where it stopped when it is asked for again. `backend`
+    takes the place of the one that the request names.
     Raises CheckpointError or ConfigurationError, with the old `output` untouched.
     """
     progress = progress or Silent()
@@ -59,7 +62,7 @@ def build_engine(request: BuildRequest, progress: Progress | None = None) -> Man
     if output.exists() and not (output / MANIFEST_FILE).exists() and any(output.iterdir()):
         raise ConfigurationError(f"--output {output}: exists and is not an engine directory; choose another")
     longest = _max_model_len(request, checkpoint)
-    backend = backend_for(request.backend, request.precision)
+    backend = backend or backend_for(request.backend, request.precision, request.kv_precision, request.plugins)
     staging = output.with_name(output.name + ".partial")
     staging.mkdir(parents=True, exist_ok=True)
     with _disk_errors(staging):
@@ -86,7 +89,7 @@ class _Build:
         progress.stage("hashing the checkpoint")
         digest = self.checkpoint.sha256()
         progress.stage("writing the graph")
-        lowering = self.backend.lowering(self.checkpoint.config, self.max_model_len)
+        lowering = self.backend.lowering()
         graph = author_graph(self.checkpoint.config, self.checkpoint, lowering)
         placed = graph.placed()
         graph_file = directory / (MODEL_FILE + ".new")
@@ -94,15 +97,17 @@ class _Build:
         (directory / DATA_FILE).touch()  # the graph's check asks for it
         graph.save(graph_file, DATA_FILE, "dgemma-build", {"precision": self.request.precision})
         self._start_or_resume(graph_file, digest)
-        self._estimate(placed, lowering.quantized)
+        self._estimate(placed, lowering.groups)
         allocate(directory / DATA_FILE, size)
         count, left_out = len(graph.weights), len(self.checkpoint.left_out)
         progress.stage(f"writing {count:,} weights, {left_out} tensors of the vision tower left out", size)
         hashes = {DATA_FILE: write_weights(directory / DATA_FILE, placed, progress.advance)}
         onnx_sha256 = file_sha256(directory / MODEL_FILE)
         progress.stage(f"building with {self.request.backend}")
-        self.backend.build(directory, self.checkpoint.config, self.request.max_batch_size or 0)
-        return self._finish(digest, onnx_sha256, hashes)
+        config = self.checkpoint.config
+        limits = self.backend.limits(config, self.request.max_batch_size)
+        scratch = self.backend.build(directory, config, self.max_model_len, limits, progress)
+        return self._finish(digest, onnx_sha256, hashes, limits, scratch)
 
     def _start_or_resume(self, graph_file: Path, digest: str) -> None:
         """Keep the data file only where the same graph is to be filled from the same checkpoint."""
@@ -136,7 +141,9 @@ class _Build:
             seconds += packed * 8 / form.bits / _quantize_speed(form)
         self.progress.say(f"{size / 1e9:.1f} GB of weights to write, about {seconds:.0f} s; {free / 1e9:.0f} GB free")
 
-    def _finish(self, digest: str, onnx_sha256: str, hashes: dict[str, str]) -> Manifest:
+    def _finish(
+        self, digest: str, onnx_sha256: str, hashes: dict[str, str], limits: CallLimits, scratch: int
+    ) -> Manifest:
         request, directory, config = self.request, self.directory, self.checkpoint.config
         journal_of(directory / DATA_FILE).unlink()
         (directory / _RESUME_FILE).unlink()
@@ -156,7 +163,9 @@ class _Build:
             kv_dtype=self.backend.kv_dtype,
             onnx_sha256=onnx_sha256,
             max_model_len=self.max_model_len,
-            max_batch_size=request.max_batch_size or 0,
+            max_batch_size=limits.max_batch_size,
+            max_encode_tokens=limits.max_encode_tokens,
+            scratch_bytes=scratch,
             files=files,
             generation_defaults=self.checkpoint.generation_defaults(),
         )

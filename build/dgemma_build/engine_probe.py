@@ -1,9 +1,10 @@
-"""An engine directory behind the gate's probe: one sequence, encoded and denoised through the engine itself."""
+"""An engine behind the gate's probe: one sequence, encoded and denoised through the engine itself."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from dgemma_runtime.contract import (
     SLIDING,
     DenoiseRow,
     EncodeRow,
+    Engine,
     EngineLimits,
     Float32Array,
     Int32Array,
@@ -22,25 +24,27 @@ from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 _PAGE = 16  # tokens; small, so that contexts cross many pages
 
 
-class OnnxRuntimeProbe:
-    """An `EngineProbe` over an `onnxruntime` engine directory, for contexts of up to `max_tokens`.
+class Inspected(Engine, Protocol):
+    """An engine that shows what it keeps to itself."""
 
-    `neighbours` other canvases run in the same calls, which must change nothing.
-    """
+    def soft_embedding(self, slot: int) -> Float32Array: ...
 
-    def __init__(self, directory: Path, max_tokens: int = 4096, neighbours: int = 0, threads: int = 2) -> None:
-        pages = -(-max_tokens // _PAGE)
+    def set_soft_embedding(self, slot: int, values: Float32Array) -> None: ...
+
+    def keys_values(
+        self, layer: int, pages: SequencePages, start: int, stop: int
+    ) -> tuple[Float32Array, Float32Array]: ...
+
+
+class Probe:
+    """An `EngineProbe` over an engine. `neighbours` other canvases run in the same calls, which must change nothing."""
+
+    def __init__(self, engine: Inspected, neighbours: int = 0) -> None:
         self._neighbours = neighbours
-        limits = EngineLimits(
-            max_batch_size=1 + neighbours,
-            max_encode_tokens=max_tokens,
-            page_size=_PAGE,
-            full_pages=pages,
-            sliding_pages=pages,
-        )
-        self.engine = OnnxRuntimeEngine(directory, limits, threads)
+        self.engine = engine
+        self.spec = engine.manifest.model
         # Pages are shuffled, so that an engine that takes them for consecutive fails.
-        rng = np.random.default_rng(0)
+        rng, pages = np.random.default_rng(0), engine.limits.full_pages
         self._pages = SequencePages(*(rng.permutation(pages).astype(np.int32) for _ in range(2)))
         self._position = 0
 
@@ -50,15 +54,18 @@ class OnnxRuntimeProbe:
             self.engine.release(slot)
 
     def encode(self, token_ids: Int32Array) -> None:
-        self.engine.encode([EncodeRow(token_ids, self._position, self._pages)])
-        self._position += len(token_ids)
+        longest = self.engine.limits.max_encode_tokens
+        for start in range(0, len(token_ids), longest):
+            chunk = token_ids[start : start + longest]
+            self.engine.encode([EncodeRow(chunk, self._position, self._pages)])
+            self._position += len(chunk)
 
     def denoise(
         self, canvas_ids: Int32Array, soft: Float32Array | None, uniforms: Float32Array, temperature: float
     ) -> ProbeStep:
         first_step = soft is None
         if soft is not None:
-            self.engine.soft_embedding(self._neighbours)[:] = soft
+            self.engine.set_soft_embedding(self._neighbours, soft)
         row = DenoiseRow(
             slot=self._neighbours,
             canvas_ids=canvas_ids,
@@ -81,7 +88,21 @@ class OnnxRuntimeProbe:
         )
 
     def keys_values(self, layer: int) -> tuple[Float32Array, Float32Array]:
-        window = self.engine.spec.sliding_window - 1
-        sliding = self.engine.spec.layers[layer].kind == SLIDING
+        window = self.spec.sliding_window - 1
+        sliding = self.spec.layers[layer].kind == SLIDING
         start = max(0, self._position - window) if sliding else 0
         return self.engine.keys_values(layer, self._pages, start, self._position)
+
+
+def probe_limits(max_tokens: int, neighbours: int, max_encode_tokens: int) -> EngineLimits:
+    """For contexts of up to `max_tokens`."""
+    pages = -(-max_tokens // _PAGE)
+    return EngineLimits(1 + neighbours, max_encode_tokens, _PAGE, pages, pages)
+
+
+class OnnxRuntimeProbe(Probe):
+    """Over an `onnxruntime` engine directory."""
+
+    def __init__(self, directory: Path, max_tokens: int = 4096, neighbours: int = 0, threads: int = 2) -> None:
+        limits = probe_limits(max_tokens, neighbours, max_tokens)
+        super().__init__(OnnxRuntimeEngine(directory, limits, threads), neighbours)

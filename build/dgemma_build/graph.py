@@ -4,8 +4,7 @@ Every row of a call has a phase. An encode row is causal, takes the encoder's la
 self-conditioning, and goes through no head. A canvas row is bidirectional, takes the decoder's scalars, the
 previous step's soft embedding and the head. Rows of both kinds may share a call.
 
-Each layer's keys and values stand in a cache given as input, context first. The call writes its own tokens behind
-the context and returns the cache; an engine binds input and output to the same memory, so nothing is copied.
+Each layer's keys and values of the context stand in a cache given as input; `attention.py` has two styles of it.
 Sliding layers get the tail of the context that their window covers, `sliding_length` tokens, full layers all of it.
 
 Norm weights are folded into the matrices behind them (in float32, before rounding to the graph's precision).
@@ -13,37 +12,42 @@ Norm weights are folded into the matrices behind them (in float32, before roundi
 Inputs (B rows, L tokens a row, R canvas rows, S cache slots, H hidden, C = canvas length):
     token_ids       [B, L] int32
     position        [B] int64     tokens of context before this row's first token
-    sliding_length  [B] int64     min(position, what the window needs): context tokens in the sliding caches
+    sliding_length  [B] int64     min(position, window - 1): context tokens in the sliding caches
     is_canvas       [B] bool
     canvas_rows     [R] int64     the rows with is_canvas, in order
     soft_embedding  [R, L, H]     of the previous step, zeros at the first
     temperature     [R] float32
     uniforms        [R, L] float32 in [0, 1)
-    key_cache_i, value_cache_i   [B, kv_heads, S, head_dim]
+    key_cache_i, value_cache_i   see `attention.py`
 Outputs:
     argmax_ids, sampled_ids  [R, L] int32;  entropies [R, L] float32, nats;  next_soft_embedding [R, L, H]
-    key_cache_i_out, value_cache_i_out
+    key_cache_i_out, value_cache_i_out (in place), or new_keys_i, new_values_i [B, kv_heads, L, head_dim]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper
 
+from dgemma_build import plugin_lowering
+from dgemma_build.attention import Attention, ContextCache, InPlaceCache, Scales
 from dgemma_build.checkpoint import TextConfig
 from dgemma_build.head import add_head
 from dgemma_build.moe import MOE_LOWERINGS, MoeWeights
 from dgemma_build.onnx_writer import Array, GraphWriter, Weight
-from dgemma_build.quantize import GroupFormat, Quantized, quantize
+from dgemma_build.products import Fp8, GroupedIntegers, Int4, Matrix, Plain, Products, rms_bound
+from dgemma_build.quantize import GroupFormat, power_of_two_scale
+from dgemma_build.tensorrt_llm_experts import mixture_of_experts
 from dgemma_runtime.contract import FULL, SLIDING, LayerSpec
 
 Float32 = npt.NDArray[np.float32]
 
+_EXPERTS = MOE_LOWERINGS | plugin_lowering.PLUGIN_LOWERINGS | {"tensorrt_llm": mixture_of_experts}
 _EMBEDDING_ROWS = 8192  # read at once
 
 
@@ -51,10 +55,27 @@ _EMBEDDING_ROWS = 8192  # read at once
 class Lowering:
     """How the graph is written for one backend."""
 
-    moe: str = "grouped"  # a key of MOE_LOWERINGS
+    moe: str = "grouped"  # a key of MOE_LOWERINGS or PLUGIN_LOWERINGS, or tensorrt_llm
     dtype: int = TensorProto.FLOAT  # of weights and activations; norms' sums, router and head are float32 always
-    cache_slots: tuple[int, int] | None = None  # fixed slots of sliding and full caches; dynamic without
-    quantized: GroupFormat | None = None  # of the matrices of experts, attention and MLP; the rest has `dtype`
+    weights: str = "plain"  # plain, integers, fp8 or int4: of experts, attention and MLP; the rest has `dtype`
+    groups: GroupFormat | None = None  # of `integers` and `int4`
+    in_place: bool = True  # which style of attention, see `attention.py`
+    plugin_head: bool = False  # the fused head of `plugin_lowering.py`
+    kv_dtype: int = TensorProto.FLOAT  # of the cache; that of `dtype` or, if not in place, E4M3
+
+
+def _products(lowering: Lowering) -> Products:
+    if lowering.weights == "plain":
+        return Plain(lowering.dtype, turned=lowering.in_place)
+    if lowering.weights == "fp8":
+        return Fp8(lowering.dtype)
+    assert lowering.groups, lowering
+    return GroupedIntegers(lowering.groups) if lowering.weights == "integers" else Int4(lowering.dtype, lowering.groups)
+
+
+def layer_output(index: int) -> str:
+    """The name of the value that layer `index` makes, [B, L, H]."""
+    return f"layers.{index}.output"
 
 
 class WeightSource(Protocol):
@@ -89,23 +110,6 @@ def graph_weights(config: TextConfig, lowering: Lowering) -> list[Weight]:
     return list(author_graph(config, Nothing(), lowering).weights.values())
 
 
-class _Remembered:
-    """One quantized matrix between the writing of its integers and of its scales, the next weight of the file."""
-
-    def __init__(self, make: Callable[[], Quantized]) -> None:
-        self._make = make
-        self._kept: Quantized | None = None
-
-    def get(self) -> Quantized:
-        self._kept = self._make()
-        return self._kept
-
-    def take(self) -> Quantized:
-        """The last time it is asked for; made again where a resumed build had its integers already."""
-        kept, self._kept = self._kept, None
-        return kept or self._make()
-
-
 class _DenoiserGraph:
     def __init__(self, config: TextConfig, source: WeightSource, writer: GraphWriter, lowering: Lowering) -> None:
         self.source = source
@@ -114,6 +118,15 @@ class _DenoiserGraph:
         self.w = writer
         self.lowering = lowering
         self.numpy_dtype = helper.tensor_dtype_to_np_dtype(lowering.dtype)
+        self.products = _products(lowering)
+        # Self-conditioning is small, and may have no rows, over which ONNX Runtime 1.31 finds no greatest value.
+        self.small_products = Plain(lowering.dtype, turned=False) if lowering.weights == "fp8" else self.products
+        self.attention: Attention
+        if lowering.in_place:
+            self.attention = InPlaceCache(writer, config.spec, lowering.dtype)
+        else:
+            heads = config.num_attention_heads
+            self.attention = ContextCache(writer, config.spec, lowering.dtype, lowering.kv_dtype, heads)
 
     # ------------------------------------------------------------ weights
 
@@ -124,21 +137,9 @@ class _DenoiserGraph:
         """In the graph's precision."""
         return self.w.weight(name, shape, self.numpy_dtype, lambda: [load().astype(self.numpy_dtype, copy=False)])
 
-    def matmul(self, value: str, name: str, shape: tuple[int, int], load: Callable[[], Float32]) -> str:
-        """`value` times a weight [in, out], which is quantized where the lowering says so."""
-        form = self.lowering.quantized
-        if form is None:
-            return self.w.op("MatMul", value, self.weight(name, shape, load))
-        inputs, outputs = shape
-        quantized = _Remembered(lambda: quantize(load(), form))
-        packed = self.w.weight(
-            f"{name}.packed", form.packed_shape(inputs, outputs), np.uint8, lambda: [quantized.get().packed]
-        )
-        scales = self.w.weight(
-            f"{name}.scales", (outputs, form.groups(inputs)), np.float32, lambda: [quantized.take().scales]
-        )
-        sizes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.group_size}
-        return self.w.op("MatMulNBits", value, packed, scales, domain="com.microsoft", accuracy_level=1, **sizes)
+    def matmul(self, value: str, name: str, matrix: Matrix, bound: float | None) -> str:
+        """`value` times a weight in the lowering's format; see `products.Products`."""
+        return self.products.multiply(self.w, value, name, matrix, bound)
 
     def to_float(self, value: str) -> str:
         return value if self.lowering.dtype == TensorProto.FLOAT else self.w.op("Cast", value, to_=TensorProto.FLOAT)
@@ -168,35 +169,28 @@ class _DenoiserGraph:
         w.input("soft_embedding", self.lowering.dtype, ["R", "L", spec.hidden_size])
         w.input("temperature", TensorProto.FLOAT, ["R"])
         w.input("uniforms", TensorProto.FLOAT, ["R", "L"])
-        for index, layer in enumerate(spec.layers):
-            for name in ("key_cache", "value_cache"):
-                w.input(f"{name}_{index}", self.lowering.dtype, self._cache_shape(layer))
+        self.attention.declare()
         self._shared()
         hidden = self._embed()
         for index, layer in enumerate(spec.layers):
             hidden = self._layer(hidden, index, layer)
         self._head(hidden)
 
-    def _cache_shape(self, layer: LayerSpec) -> list[int | str]:
-        slots: tuple[int | str, int | str] = self.lowering.cache_slots or ("S_sliding", "S_full")
-        return ["B", layer.num_key_value_heads, slots[layer.kind == FULL], layer.head_dim]
-
     def _shared(self) -> None:
-        """Once per call: positions, rotary tables, masks, write offsets, layer scalars."""
+        """Once per call: positions, rotary tables, masks, layer scalars."""
         w = self.w
         length = w.op("Gather", w.op("Shape", "token_ids"), w.const(1))
         steps = w.op("Range", w.const(0), length, w.const(1))  # [L]
         self.canvas_column = w.op("Unsqueeze", "is_canvas", w.const([1]))  # [B, 1]
         start = w.op("Unsqueeze", "position", w.const([1]))
         positions = w.op("Cast", w.op("Add", start, steps), to_=TensorProto.FLOAT)  # [B, L]
-        self.rope, self.mask, self.offset = {}, {}, {}
+        self.rope = {}
         for kind in sorted({layer.kind for layer in self.spec.layers}):
             frequencies = self.config.rope[kind].inverse_frequencies
             table = w.array(f"inverse_frequencies/{kind}", frequencies)
             angles = w.op("Mul", w.op("Unsqueeze", positions, w.const([2])), table)  # [B, L, head_dim / 2]
             self.rope[kind] = tuple(self.from_float(w.op(name, angles)) for name in ("Cos", "Sin"))
-            self.offset[kind] = "sliding_length" if kind == SLIDING else "position"
-            self.mask[kind] = self._mask(kind, steps, length)
+        self.attention.prepare(steps, length, self.canvas_column)
         count = len(self.spec.layers)
 
         def scalars() -> Float32:
@@ -208,25 +202,6 @@ class _DenoiserGraph:
         per_row = w.op("Unsqueeze", per_row, w.const([2]))
         self.scalars = w.ops("Split", per_row, outputs=count, axis=1, num_outputs=count)  # each [B, 1, 1]
 
-    def _mask(self, kind: str, steps: str, length: str) -> str:
-        """Additive mask [B, 1, L, S] over cache slots: a canvas row sees all it was given, an encode row the past."""
-        w = self.w
-        index = next(i for i, layer in enumerate(self.spec.layers) if layer.kind == kind)
-        slots = w.op("Gather", w.op("Shape", f"key_cache_{index}"), w.const(2))
-        slot = w.op("Range", w.const(0), slots, w.const(1))  # [S]
-        offset = w.op("Unsqueeze", self.offset[kind], w.const([1]))  # [B, 1]
-        own = w.op("Add", offset, steps)  # [B, L], the slot each token is written to
-        last = w.op("Add", offset, w.op("Sub", length, w.const(1)))
-        newest = w.op("Unsqueeze", w.op("Where", self.canvas_column, last, own), w.const([2]))
-        visible = w.op("LessOrEqual", slot, newest)  # [B, L, S]
-        if kind == SLIDING:
-            behind = w.op("Sub", own, w.const(self.spec.sliding_window))
-            oldest = w.op("Unsqueeze", w.op("Where", self.canvas_column, w.const(-1), behind), w.const([2]))
-            visible = w.op("And", visible, w.op("Greater", slot, oldest))
-        dtype = self.numpy_dtype
-        mask = w.op("Where", visible, w.const(0, dtype), w.const(float("-inf"), dtype))
-        return w.op("Unsqueeze", mask, w.const([1]))
-
     def _embed(self) -> str:
         w, spec = self.w, self.spec
         self.embedding = w.weight(
@@ -236,7 +211,7 @@ class _DenoiserGraph:
         tokens = w.op("Mul", w.op("Gather", self.embedding, "token_ids"), scale)  # [B, L, H]
         canvas = w.op("Gather", tokens, "canvas_rows")  # [R, L, H]
         normed = self.rms_norm("soft_embedding", "", spec.hidden_size)
-        signal = self._gated_mlp(normed, "self_conditioning", "self_conditioning.pre_norm.weight")
+        signal = self._gated_mlp(normed, "self_conditioning", "self_conditioning.pre_norm.weight", self.small_products)
         conditioned = self.rms_norm(w.op("Add", canvas, signal), "", spec.hidden_size)
         return w.op("ScatterND", tokens, w.op("Unsqueeze", "canvas_rows", w.const([1])), conditioned)
 
@@ -246,22 +221,23 @@ class _DenoiserGraph:
             chunk = slice(start, min(start + _EMBEDDING_ROWS, count))
             yield self.source.float32_slice("embed_tokens.weight", chunk).astype(self.numpy_dtype, copy=False)
 
-    def _gated_mlp(self, normed: str, prefix: str, norm: str) -> str:
+    def _gated_mlp(self, normed: str, prefix: str, norm: str, products: Products) -> str:
         """down(gelu(gate(x)) * up(x)) of x = normed times the weight `norm`."""
-        inner = self.config.intermediate_size
-
-        def matrix() -> Float32:
-            parts = [self.load(f"{prefix}.{name}_proj.weight") for name in ("gate", "up")]
-            return (np.concatenate(parts) * self.load(norm)).T
-
-        both = self.matmul(normed, f"{prefix}.gate_up", (self.spec.hidden_size, 2 * inner), matrix)
+        inner, hidden = self.config.intermediate_size, self.spec.hidden_size
+        matrix = Matrix(hidden, 2 * inner, lambda: self._gate_up(prefix, norm))
+        both = products.multiply(self.w, normed, f"{prefix}.gate_up", matrix, rms_bound(hidden))
         gate, up = self.w.ops("Split", both, self.w.const([inner, inner]), outputs=2, axis=-1)
-        return self._gated_down(gate, up, prefix)
+        return self._gated_down(gate, up, prefix, products)
 
-    def _gated_down(self, gate: str, up: str, prefix: str) -> str:
+    def _gate_up(self, prefix: str, norm: str) -> list[Float32]:
+        parts = [self.load(f"{prefix}.{name}_proj.weight") for name in ("gate", "up")]
+        return [np.concatenate(parts) * self.load(norm)]
+
+    def _gated_down(self, gate: str, up: str, prefix: str, products: Products) -> str:
         gated = self.w.op("Mul", self.w.op("Gelu", gate, approximate="tanh"), up)
-        name, shape = f"{prefix}.down_proj.weight", (self.config.intermediate_size, self.spec.hidden_size)
-        return self.matmul(gated, name, shape, lambda: self.load(name).T)
+        name = f"{prefix}.down_proj.weight"
+        matrix = Matrix(self.config.intermediate_size, self.spec.hidden_size, lambda: [self.load(name)])
+        return products.multiply(self.w, gated, name, matrix, None)
 
     def _layer(self, hidden: str, index: int, layer: LayerSpec) -> str:
         w, prefix, size = self.w, f"layers.{index}", self.spec.hidden_size
@@ -273,7 +249,7 @@ class _DenoiserGraph:
         sparse = self._moe(normed, router_logits, prefix)
         sparse = self.rms_norm(sparse, f"{prefix}.post_feedforward_layernorm_2.weight", size)
         both = self.rms_norm(w.op("Add", dense, sparse), f"{prefix}.post_feedforward_layernorm.weight", size)
-        return w.op("Mul", w.op("Add", hidden, both), self.scalars[index])
+        return w.op("Mul", w.op("Add", hidden, both), self.scalars[index], to=layer_output(index))
 
     def _attention(self, normed: str, index: int, layer: LayerSpec) -> str:
         w, prefix = self.w, f"layers.{index}.self_attn"
@@ -281,11 +257,11 @@ class _DenoiserGraph:
         names = ["q_proj", "k_proj"] + (["v_proj"] if layer.kind == SLIDING else [])
         hidden, width = self.spec.hidden_size, (heads + (len(names) - 1) * kv_heads) * dim
 
-        def matrix() -> Float32:
+        def matrix() -> list[Float32]:
             parts = [self.load(f"{prefix}.{name}.weight") for name in names]
-            return (np.concatenate(parts) * self.load(f"layers.{index}.input_layernorm.weight")).T
+            return [np.concatenate(parts) * self.load(f"layers.{index}.input_layernorm.weight")]
 
-        projected = self.matmul(normed, f"{prefix}.qkv", (hidden, width), matrix)
+        projected = self.matmul(normed, f"{prefix}.qkv", Matrix(hidden, width, matrix), rms_bound(hidden))
         by_head = w.op("Reshape", projected, w.const([0, 0, -1, dim]))
         by_head = w.op("Transpose", self.rms_norm(by_head, "", dim), perm=[0, 2, 1, 3])  # [B, heads, L, dim]
         if layer.kind == FULL:  # values are the normed keys without weight and without rotation
@@ -301,40 +277,42 @@ class _DenoiserGraph:
         scaled = w.op("Mul", queries_keys, self.weight(f"{prefix}.qk_norm", (heads + kv_heads, 1, dim), scale))
         rotated = w.op("RotaryEmbedding", scaled, *self.rope[layer.kind])
         queries, keys = w.ops("Split", rotated, w.const([heads, kv_heads]), outputs=2, axis=1)
-        caches = []
-        for name, new in (("key_cache", keys), ("value_cache", values)):
-            written = f"{name}_{index}_out"
-            w.op("TensorScatter", f"{name}_{index}", new, self.offset[layer.kind], axis=-2, to=written)
-            w.graph_output(written, self.lowering.dtype, self._cache_shape(layer))
-            caches.append(written)
-        context = w.op("Attention", queries, *caches, self.mask[layer.kind], scale=1.0)
+        context = self.attention.attend(index, queries, keys, values, self._scales(prefix, dim))
         context = w.op("Reshape", w.op("Transpose", context, perm=[0, 2, 1, 3]), w.const([0, 0, -1]))
-        return self.matmul(
-            context, f"{prefix}.o_proj", (heads * dim, hidden), lambda: self.load(f"{prefix}.o_proj.weight").T
-        )
+        matrix_out = Matrix(heads * dim, hidden, lambda: [self.load(f"{prefix}.o_proj.weight")])
+        # a mean of values, whose norms are at most those of their RMS norm
+        return self.matmul(context, f"{prefix}.o_proj", matrix_out, rms_bound(dim))
+
+    def _scales(self, prefix: str, dim: int) -> Scales | None:
+        """For E4M3: no query or key is longer than sqrt(dim) times its norm's greatest weight."""
+        if self.lowering.kv_dtype != TensorProto.FLOAT8E4M3FN:
+            return None
+
+        def scale(name: str) -> str:
+            def load() -> Float32:
+                return power_of_two_scale(rms_bound(dim) * np.abs(self.load(f"{prefix}.{name}.weight")).max())
+
+            return self.weight(f"{prefix}.{name}.scale", (), load)
+
+        return Scales(scale("q_norm"), scale("k_norm"))
 
     def _mlp_and_router(self, normed: str, prefix: str) -> tuple[str, str]:
         """The dense MLP's output [B, L, H] and the router's logits [B, L, experts]."""
         inner, experts, hidden = self.config.intermediate_size, self.config.num_experts, self.spec.hidden_size
-
-        def gate_up() -> Float32:
-            norm = self.load(f"{prefix}.pre_feedforward_layernorm.weight")
-            parts = [self.load(f"{prefix}.mlp.{name}_proj.weight") for name in ("gate", "up")]
-            return (np.concatenate(parts) * norm).T
+        norm = f"{prefix}.pre_feedforward_layernorm.weight"
 
         def router() -> Float32:
             scale = self.load(f"{prefix}.router.scale") * np.float32(hidden**-0.5)
-            return (self.load(f"{prefix}.router.proj.weight") * scale).T
+            return np.asarray(self.load(f"{prefix}.router.proj.weight") * scale)
 
-        if self.lowering.quantized:  # the router is small and decides much: it keeps its precision
-            logits = self.w.op("MatMul", normed, self.weight(f"{prefix}.router", (hidden, experts), router))
-            both = self.matmul(normed, f"{prefix}.mlp.gate_up", (hidden, 2 * inner), gate_up)
-            gate, up = self.w.ops("Split", both, self.w.const([inner, inner]), outputs=2, axis=-1)
-        else:  # one product for all three
-            name, shape = f"{prefix}.mlp_router", (hidden, 2 * inner + experts)
-            product = self.matmul(normed, name, shape, lambda: np.concatenate([gate_up(), router()], axis=1))
+        if self.lowering.weights == "plain":  # one product for all three
+            both = Matrix(hidden, 2 * inner + experts, lambda: [*self._gate_up(f"{prefix}.mlp", norm), router()])
+            product = self.matmul(normed, f"{prefix}.mlp_router", both, None)
             gate, up, logits = self.w.ops("Split", product, self.w.const([inner, inner, experts]), outputs=3, axis=-1)
-        return self._gated_down(gate, up, f"{prefix}.mlp"), logits
+            return self._gated_down(gate, up, f"{prefix}.mlp", self.products), logits
+        # the router is small and decides much: it keeps its precision
+        weight = self.weight(f"{prefix}.router", (hidden, experts), lambda: router().T)
+        return self._gated_mlp(normed, f"{prefix}.mlp", norm, self.products), self.w.op("MatMul", normed, weight)
 
     def _moe(self, normed: str, router_logits: str, prefix: str) -> str:
         """Experts' weighted sum, [B, L, H]."""
@@ -348,9 +326,7 @@ class _DenoiserGraph:
         share = self.from_float(w.op("Mul", share, w.op("Gather", per_expert, ids)))
         norm = f"{prefix}.pre_feedforward_layernorm_2.weight"
         weights = MoeWeights(
-            gate_up=lambda expert: np.multiply(
-                self.expert(f"{prefix}.experts.gate_up_proj", expert).T, self.load(norm)[:, None], order="C"
-            ),
+            gate_up=lambda expert: (self.expert(f"{prefix}.experts.gate_up_proj", expert) * self.load(norm)).T,
             down=lambda expert: self.expert(f"{prefix}.experts.down_proj", expert).T,
             num_experts=config.num_experts,
             top_k=config.top_k_experts,
@@ -359,7 +335,7 @@ class _DenoiserGraph:
             dtype=self.numpy_dtype,
             matmul=self.matmul,
         )
-        mixed = MOE_LOWERINGS[self.lowering.moe](w, weights, prefix, flat, ids, share)
+        mixed = _EXPERTS[self.lowering.moe](w, weights, prefix, flat, ids, share)
         return w.op("Reshape", mixed, w.op("Shape", normed))
 
     def expert(self, name: str, expert: int) -> Float32:
@@ -369,4 +345,5 @@ class _DenoiserGraph:
         w, spec = self.w, self.spec
         canvas = w.op("Gather", hidden, "canvas_rows")
         normed = self.rms_norm(canvas, "norm.weight", spec.hidden_size)
-        add_head(w, normed, self.embedding, self.config, self.lowering.dtype)
+        head = plugin_lowering.add_head if self.lowering.plugin_head else add_head
+        head(w, normed, self.embedding, self.config, self.lowering.dtype)

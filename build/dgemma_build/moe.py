@@ -2,30 +2,32 @@
 
 Both take tokens [N, H], chosen expert ids [N, k] and their weights [N, k], and return [N, H]. `grouped` sorts the
 (token, expert) pairs by expert and gives every expert just its tokens, so an expert that no token chose costs an
-empty product. `dense` runs every expert over every token in one batched product, which is right where the weights
+empty product. `dense` runs every expert over every token in two large products, which is right where the weights
 are read anyway and a matrix unit is idle, and needs no data-dependent shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dgemma_build.onnx_writer import GraphWriter
+from dgemma_build.products import Matrix, rms_bound
 
 Float32 = npt.NDArray[np.float32]
+
+MOST_PARTS = 8  # of the sum over experts
 
 
 @dataclass(frozen=True)
 class MoeWeights:
-    """One layer's experts; the functions give one expert's matrix, ready to be multiplied from the right."""
+    """One layer's experts; `gate_up` and `down` give one expert's matrix, ready to be multiplied from the right."""
 
-    matmul: Callable[[str, str, tuple[int, int], Callable[[], Float32]], str]  # of a value and a named weight
+    matmul: Callable[[str, str, Matrix, float | None], str]  # of a value, a name, a weight and a bound: see `products`
     gate_up: Callable[[int], Float32]  # [H, 2 * intermediate_size]
     down: Callable[[int], Float32]  # [intermediate_size, H]
     num_experts: int
@@ -47,10 +49,10 @@ def grouped(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: 
 
     def multiply(value: str, name: str, shape: tuple[int, int], matrix: Callable[[int], Float32]) -> str:
         parts = w.ops("Split", value, sizes, outputs=experts, axis=0)
-        products = [
-            weights.matmul(part, f"{prefix}.experts.{expert}.{name}", shape, partial(matrix, expert))
-            for expert, part in enumerate(parts)
-        ]
+        products = []
+        for expert, part in enumerate(parts):
+            weight = Matrix(*shape, partial(_one, matrix, expert))
+            products.append(weights.matmul(part, f"{prefix}.experts.{expert}.{name}", weight, None))
         return w.op("Concat", *products, axis=0)
 
     both = multiply(rows, "gate_up", (weights.hidden_size, 2 * inner), weights.gate_up)
@@ -66,26 +68,41 @@ def grouped(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: 
 
 
 def dense(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: str, share: str) -> str:
-    """Every expert multiplies every token; what a token did not choose has weight zero."""
-    experts, inner = weights.num_experts, weights.intermediate_size
+    """Every expert multiplies every token; what a token did not choose has weight zero.
 
-    def stack(name: str, shape: Sequence[int], matrix: Callable[[int], Float32]) -> str:
-        def pieces() -> Iterator[npt.NDArray[Any]]:
-            for expert in range(experts):
-                yield matrix(expert).astype(weights.dtype, copy=False)[None]
+    All experts' gates and ups are outputs of one product. Their downs are inputs of one that is cut into parts: a sum
+    over all experts at once would leave most of a GPU idle, one output an expert would fill its memory.
+    """
+    experts, inner, hidden = weights.num_experts, weights.intermediate_size, weights.hidden_size
+    parts = max(size for size in range(1, MOST_PARTS + 1) if experts % size == 0)
+    together = experts // parts  # experts of a part
 
-        return w.weight(f"{prefix}.experts.{name}", (experts, *shape), weights.dtype, pieces)
+    def gate_up() -> Iterator[Float32]:
+        for expert in range(experts):
+            yield weights.gate_up(expert).T
 
-    rows = w.op("Gather", w.op("Shape", tokens), w.const([0]))
-    zeros = w.op("Expand", w.const(0, weights.dtype), w.op("Concat", rows, w.const([experts]), axis=0))
-    routing = w.op("ScatterElements", zeros, ids, share, axis=1)  # [N, experts]
-    routing = w.op("Unsqueeze", w.op("Transpose", routing, perm=[1, 0]), w.const([2]))  # [experts, N, 1]
-    gate_up = stack("gate_up", (weights.hidden_size, 2 * inner), weights.gate_up)
-    both = w.op("MatMul", w.op("Unsqueeze", tokens, w.const([0])), gate_up)
+    def down() -> Iterator[Float32]:
+        for first in range(0, experts, together):
+            yield np.concatenate([weights.down(first + i).T for i in range(together)], axis=1)
+
+    zeros = w.op("Expand", w.const(0, weights.dtype), w.op("Concat", _rows(w, tokens), w.const([experts]), axis=0))
+    routing = w.op("Unsqueeze", w.op("ScatterElements", zeros, ids, share, axis=1), w.const([2]))  # [N, experts, 1]
+    matrix = Matrix(hidden, experts * 2 * inner, gate_up)
+    both = weights.matmul(tokens, f"{prefix}.experts.gate_up", matrix, rms_bound(hidden))
+    both = w.op("Reshape", both, w.const([-1, experts, 2 * inner]))
     gate, up = w.ops("Split", both, w.const([inner, inner]), outputs=2, axis=-1)
     gated = w.op("Mul", w.op("Mul", w.op("Gelu", gate, approximate="tanh"), up), routing)
-    down = stack("down", (inner, weights.hidden_size), weights.down)
-    return w.op("ReduceSum", w.op("MatMul", gated, down), w.const([0]), keepdims=0)
+    by_part = w.op("Transpose", w.op("Reshape", gated, w.const([-1, parts, together * inner])), perm=[1, 0, 2])
+    matrix = Matrix(together * inner, hidden, down, stack=parts)
+    return w.op("ReduceSum", weights.matmul(by_part, f"{prefix}.experts.down", matrix, None), w.const([0]), keepdims=0)
+
+
+def _one(matrix: Callable[[int], Float32], expert: int) -> list[Float32]:
+    return [matrix(expert).T]
+
+
+def _rows(w: GraphWriter, tokens: str) -> str:
+    return w.op("Gather", w.op("Shape", tokens), w.const([0]))
 
 
 MOE_LOWERINGS: dict[str, Callable[[GraphWriter, MoeWeights, str, str, str, str], str]] = {

@@ -7,6 +7,7 @@ without values tells every byte it will need. Knows no model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,12 @@ class Weight:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     pieces: Pieces
+    declared: tuple[int, tuple[int, ...]] | None = None  # ONNX's type and shape where numpy has none such (INT4)
+
+    def tensor(self) -> onnx.TensorProto:
+        """Name, type and shape, without values."""
+        kind, shape = self.declared or (helper.np_dtype_to_tensor_dtype(self.dtype), self.shape)
+        return TensorProto(name=self.name, data_type=kind, dims=shape)
 
     @property
     def nbytes(self) -> int:
@@ -96,11 +103,18 @@ class GraphWriter:
         """Declare the value `name`, written by some node, a graph output."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
-    def weight(self, name: str, shape: Sequence[int], dtype: npt.DTypeLike, pieces: Pieces) -> str:
+    def weight(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: npt.DTypeLike,
+        pieces: Pieces,
+        declared: tuple[int, tuple[int, ...]] | None = None,
+    ) -> str:
         """An initializer whose values are read when they are written. Returns `name`."""
         if name in self.weights:
             raise ValueError(f"initializer {name} is there already")
-        self.weights[name] = Weight(name, tuple(shape), np.dtype(dtype), pieces)
+        self.weights[name] = Weight(name, tuple(shape), np.dtype(dtype), pieces, declared)
         return name
 
     def array(self, name: str, values: Array) -> str:
@@ -110,7 +124,9 @@ class GraphWriter:
     def const(self, values: Any, dtype: npt.DTypeLike = np.int64) -> str:
         """A small constant, shared between equal uses."""
         array = np.asarray(values, dtype)
-        name = f"const/{array.dtype}/{list(array.shape)}/{array.tobytes().hex()}"
+        data = array.tobytes()
+        value = data.hex() if len(data) <= 32 else hashlib.sha256(data).hexdigest()
+        name = f"const/{array.dtype}/{list(array.shape)}/{value}"
         if name not in self._constants:
             self._constants[name] = numpy_helper.from_array(array, name)
         return name
@@ -130,7 +146,8 @@ class GraphWriter:
         initializers = dict(self._constants)
         for name, weight in self.weights.items():
             if weight.nbytes <= _INLINE_BYTES:
-                initializers[name] = numpy_helper.from_array(np.ascontiguousarray(weight.array()), name)
+                initializers[name] = weight.tensor()
+                initializers[name].raw_data = np.ascontiguousarray(weight.array()).tobytes()
         for item in self.placed():
             initializers[item.weight.name] = _external(item, data_file)
         graph = helper.make_graph(
@@ -146,7 +163,7 @@ class GraphWriter:
 
 def _external(item: PlacedWeight, data_file: str) -> onnx.TensorProto:
     weight = item.weight
-    tensor = TensorProto(name=weight.name, data_type=helper.np_dtype_to_tensor_dtype(weight.dtype), dims=weight.shape)
+    tensor = weight.tensor()
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", data_file), ("offset", item.offset), ("length", weight.nbytes)):
         tensor.external_data.add(key=key, value=str(value))

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -19,12 +19,14 @@ from onnx import TensorProto, helper
 from dgemma_build.bench.inprocess import run_requests, running_service
 from dgemma_build.demo.skills import SKILLS, held_out_set
 from dgemma_build.demo.tokenizer import render_turn
+from dgemma_build.emulation import EmulatedBackend, OnnxFunction
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import (
     DenoiseResult,
     DenoiseRow,
     EncodeRow,
+    Engine,
     EngineLimits,
     Float32Array,
     Int32Array,
@@ -33,6 +35,7 @@ from dgemma_runtime.contract import (
     file_sha256,
 )
 from dgemma_runtime.engines.onnxruntime import MODEL_FILE, OnnxRuntimeEngine
+from dgemma_runtime.engines.tensorrt import TensorRtEngine
 from dgemma_runtime.noise import CanvasNoise
 from dgemma_runtime.parameters import GenerationParameters, default_parameters
 from dgemma_runtime.service import GenerationRequest
@@ -91,7 +94,7 @@ def compare_distributions(reference: Path, other: Path, count: int) -> Distribut
     codec, defaults = Codec.load(reference), default_parameters(Manifest.load(reference).generation_defaults)
     prompts = [codec.encode(render_turn(e.prompt)) for skill in SKILLS for e in held_out_set(skill, count)]
     with TemporaryDirectory() as folder:
-        engines = [_Revealing(_revealing(path, Path(folder) / str(i))) for i, path in enumerate((reference, other))]
+        engines = [_revealing(path, Path(folder) / str(i)) for i, path in enumerate((reference, other))]
         divergences: list[float] = []
         agreements: list[float] = []
         for seed, prompt in enumerate(prompts):
@@ -102,19 +105,21 @@ def compare_distributions(reference: Path, other: Path, count: int) -> Distribut
 
 
 def _lead(
-    reference: _Revealing,
-    other: _Revealing,
+    reference: Revealing,
+    other: Revealing,
     prompt: Int32Array,
     parameters: GenerationParameters,
     divergences: list[float],
     agreements: list[float],
 ) -> None:
     """One canvas behind a prompt; adds a figure per step."""
-    spec = reference.spec
+    spec = reference.manifest.model
     pages = SequencePages(*(np.arange(_PAGES, dtype=np.int32) for _ in range(2)))
     canvas = Canvas(parameters, CanvasNoise(parameters.seed or 0, 0, spec.canvas_length, spec.vocab_size))
     for engine in (reference, other):
-        engine.encode([EncodeRow(prompt, 0, pages)])
+        longest = engine.limits.max_encode_tokens
+        for start in range(0, len(prompt), longest):
+            engine.encode([EncodeRow(prompt[start : start + longest], start, pages)])
     ended = False
     while not ended:
         row = canvas.row(0, len(prompt), pages)
@@ -128,15 +133,20 @@ def _lead(
         engine.release(0)
 
 
-class _Revealing(OnnxRuntimeEngine):
-    """An engine whose graph also gives the distributions of one canvas."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, EngineLimits(1, _MAX_TOKENS, _PAGE, _PAGES, _PAGES), threads=1)
-        self._found: Float32Array | None = None
+class Revealing(Engine, Protocol):
+    """An engine that gives the distributions of one canvas too."""
 
     def reveal(self, row: DenoiseRow) -> tuple[DenoiseResult, Float32Array]:
         """The step, and the probabilities [canvas_length, vocab]."""
+        ...
+
+
+class _OnnxRuntime(OnnxRuntimeEngine):
+    def __init__(self, directory: Path, limits: EngineLimits) -> None:
+        super().__init__(directory, limits, threads=1)
+        self._found: Float32Array | None = None
+
+    def reveal(self, row: DenoiseRow) -> tuple[DenoiseResult, Float32Array]:
         result = self.denoise([row])
         assert self._found is not None
         return result, self._found
@@ -148,13 +158,27 @@ class _Revealing(OnnxRuntimeEngine):
         self._found = binding.get_outputs()[-1].numpy()
 
 
-def _revealing(directory: Path, target: Path) -> Path:
-    """A copy of an engine directory whose graph has the probabilities as an output."""
+class _Emulated(TensorRtEngine):
+    def __init__(self, directory: Path, limits: EngineLimits) -> None:
+        function = OnnxFunction(directory, threads=1, reveal=(_PROBABILITIES,))
+        super().__init__(directory, limits, *function.on_host())
+        self._function = function
+
+    def reveal(self, row: DenoiseRow) -> tuple[DenoiseResult, Float32Array]:
+        result = self.denoise([row])
+        return result, self._function.revealed[_PROBABILITIES]
+
+
+def _revealing(directory: Path, target: Path) -> Revealing:
+    """An engine over a copy of a directory whose graph has the probabilities as an output."""
     shutil.copytree(directory, target)
+    manifest = Manifest.load(target, verify_hashes=False)
+    longest = manifest.max_encode_tokens or _MAX_TOKENS
+    limits = EngineLimits(1, longest, _PAGE, _PAGES, _PAGES)
+    if manifest.target == EmulatedBackend.target:
+        return _Emulated(target, limits)
     model = onnx.load(target / MODEL_FILE, load_external_data=False)
     model.graph.output.append(helper.make_tensor_value_info(_PROBABILITIES, TensorProto.FLOAT, None))
     onnx.save(model, target / MODEL_FILE)
-    manifest = Manifest.load(target, verify_hashes=False)
-    files = manifest.files | {MODEL_FILE: file_sha256(target / MODEL_FILE)}
-    replace(manifest, files=files).save(target)
-    return target
+    replace(manifest, files=manifest.files | {MODEL_FILE: file_sha256(target / MODEL_FILE)}).save(target)
+    return _OnnxRuntime(target, limits)

@@ -3,20 +3,27 @@
 A matrix [in, out] is cut into groups of `group_size` inputs of one output. A group's values become integers of `bits`
 bits around zero times one scale. The scale is the one of several candidates with the least squared error: the largest
 value need not be met exactly, since that makes all others coarser.
+
+E4M3 has a scale per output instead, a power of two (see `products.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from dgemma_runtime.errors import ConfigurationError
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 # Candidates, of the scale that meets a group's largest value exactly. With 8 bits that one is as good as any.
 _SHRINK = {4: (1.0, 0.95, 0.9, 0.85, 0.8), 8: (1.0,)}
+FP8_MAX = 448.0  # the greatest number of E4M3
 _CHUNK = 2**16  # values at once, so that the candidates run over what the caches hold
 
 
@@ -26,6 +33,7 @@ class GroupFormat:
 
     bits: int
     group_size: int
+    bfloat16_scales: bool = False  # scales that bfloat16 holds exactly, as float32 still
 
     def groups(self, inputs: int) -> int:
         """Groups of one output; the last may be padded."""
@@ -43,10 +51,22 @@ class Quantized:
     packed: UInt8  # [out, groups, group_size * bits / 8]
     scales: Float32  # [out, groups]
 
+    def signed_pairs(self, inputs: int) -> UInt8:
+        """4-bit integers [out, inputs / 2] in two's complement, as ONNX stores INT4."""
+        if inputs % 2:
+            raise ConfigurationError(f"int4 weights with {inputs} inputs: the number must be even")
+        pairs = self.packed.reshape(len(self.packed), -1)[:, : inputs // 2]
+        return np.bitwise_xor(pairs, 0x88, dtype=np.uint8)
+
 
 def quantize(matrix: Float32, form: GroupFormat) -> Quantized:
     """A matrix [in, out] in the format."""
-    inputs, outputs = matrix.shape
+    return quantize_rows(matrix.T, form)
+
+
+def quantize_rows(rows: Float32, form: GroupFormat) -> Quantized:
+    """A matrix [out, in] in the format."""
+    outputs, inputs = rows.shape
     packed = np.empty(form.packed_shape(inputs, outputs), np.uint8)
     scales = np.empty((outputs, form.groups(inputs)), np.float32)
     width = form.groups(inputs) * form.group_size
@@ -54,21 +74,23 @@ def quantize(matrix: Float32, form: GroupFormat) -> Quantized:
     padded = np.zeros((step, width), np.float32)
     for start in range(0, outputs, step):
         stop = min(start + step, outputs)
-        padded[: stop - start, :inputs] = matrix[:, start:stop].T
+        padded[: stop - start, :inputs] = rows[start:stop]
         grouped = padded[: stop - start].reshape(stop - start, -1, form.group_size)
-        packed[start:stop], scales[start:stop] = _quantize_groups(grouped, form.bits)
+        packed[start:stop], scales[start:stop] = _quantize_groups(grouped, form)
     return Quantized(packed, scales)
 
 
-def _quantize_groups(grouped: Float32, bits: int) -> tuple[UInt8, Float32]:
+def _quantize_groups(grouped: Float32, form: GroupFormat) -> tuple[UInt8, Float32]:
     """Packed integers and scales [out, groups] of values [out, groups, group_size]."""
-    middle = 2 ** (bits - 1)
+    bits, middle = form.bits, 2 ** (form.bits - 1)
     exact = np.abs(grouped).max(axis=2) / np.float32(middle - 1)
     exact[exact == 0] = 1.0
-    scales, least = exact, np.full(exact.shape, np.inf, np.float32)
+    scales, least = np.empty_like(exact), np.full(exact.shape, np.inf, np.float32)
     work = np.empty_like(grouped)
     for shrink in _SHRINK[bits]:
         scale = exact * np.float32(shrink)
+        if form.bfloat16_scales:
+            scale = scale.astype(ml_dtypes.bfloat16).astype(np.float32)
         _round(grouped, scale, middle, work)
         work *= scale[..., None]
         work -= grouped
@@ -97,3 +119,16 @@ def dequantize(quantized: Quantized, form: GroupFormat, inputs: int) -> Float32:
         packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], form.group_size)
     values = (packed.astype(np.float32) - 2 ** (form.bits - 1)) * quantized.scales[..., None]
     return np.ascontiguousarray(values.reshape(len(values), -1)[:, :inputs].T)
+
+
+def power_of_two_scale(greatest: float | Float32) -> Float32:
+    """The least powers of two by which values up to `greatest` are divided to fit E4M3; one where all are zero."""
+    limit = np.maximum(np.asarray(greatest, np.float32), np.float32(1e-30)) / np.float32(FP8_MAX)
+    scale: Float32 = np.where(np.asarray(greatest) > 0, np.exp2(np.ceil(np.log2(limit))), 1).astype(np.float32)
+    return scale
+
+
+def to_fp8(rows: Float32) -> tuple[npt.NDArray[Any], Float32]:
+    """E4M3 values [out, in] and scales [out] of a matrix [out, in]."""
+    scales = power_of_two_scale(np.abs(rows).max(axis=1))
+    return (rows / scales[:, None]).astype(ml_dtypes.float8_e4m3fn), scales

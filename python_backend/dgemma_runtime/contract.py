@@ -64,6 +64,7 @@ class Manifest:
     files: dict[str, str]  # relative path -> SHA-256
     generation_defaults: dict[str, Any]  # of the checkpoint's generation_config.json
     max_encode_tokens: int = 0  # of one row in one encode call; 0 where the engine sets no limit
+    scratch_bytes: int = 0  # device memory that a call works in, as the builder reports it; 0 where it does not
     format_version: int = FORMAT_VERSION
 
     def save(self, directory: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_manifest_cannot_reach_outside(odd_engine: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"backend": "tensorrt_llm"}, r"--backend tensorrt_llm: not available; choose one of onnxruntime"),
+        ({"backend": "openvino"}, r"--backend openvino: not available; choose one of onnxruntime"),
         ({"precision": "int2"}, r"--precision int2: onnxruntime is built in fp32, int8, int4"),
         ({"max_model_len": 10**7}, r"--max-model-len 10000000: must be .* at most the checkpoint's"),
         ({"max_model_len": 1}, r"--max-model-len 1: must be more than one canvas"),

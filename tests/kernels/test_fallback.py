@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +22,7 @@ from dgemma_build.kernels.head import fused_head
 from dgemma_build.kernels.packing import WeightFormat, pack_experts
 from dgemma_build.moe import MoeWeights, dense
 from dgemma_build.onnx_writer import GraphWriter
+from dgemma_build.products import Plain
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -77,11 +79,9 @@ def test_the_experts_are_the_graph_s_experts(tmp_path: Path, generator: torch.Ge
     def right(matrices: torch.Tensor) -> Callable[[int], npt.NDArray[np.float32]]:
         return lambda expert: np.ascontiguousarray(matrices[expert].T.numpy())
 
-    def unused(*arguments: Any) -> str:
-        raise AssertionError("the dense lowering multiplies stacks")
-
     sizes = {"num_experts": experts, "top_k": top_k, "hidden_size": width, "intermediate_size": inner}
-    weights = MoeWeights(unused, right(gate_up), right(down), dtype=np.dtype(np.float32), **sizes)
+    multiply = partial(Plain(TensorProto.FLOAT, turned=False).multiply, graph)
+    weights = MoeWeights(multiply, right(gate_up), right(down), dtype=np.dtype(np.float32), **sizes)
     name = dense(graph, weights, "layer", "x", "chosen", "share")
     graph.graph_output(name, TensorProto.FLOAT, ["N", width])
     inputs = {"x": x.numpy(), "chosen": chosen.numpy(), "share": share.numpy()}

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgemma_build import graph
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.engine_probe import OnnxRuntimeProbe
 from dgemma_build.gate import ProbeStep
+from dgemma_build.onnx_writer import GraphWriter
+from dgemma_build.products import GroupedIntegers, Matrix
 from dgemma_build.quantize import dequantize, quantize
 from dgemma_runtime.contract import Float32Array
 
@@ -19,20 +20,20 @@ Named = Callable[[str], Path]
 
 
 def rounded_matmul(
-    self: graph._DenoiserGraph, value: str, name: str, shape: tuple[int, int], load: Callable[[], Float32Array]
+    self: GroupedIntegers, w: GraphWriter, value: str, name: str, matrix: Matrix, bound: float | None
 ) -> str:
     """In float32, the weights rounded to what their integers stand for."""
-    form = self.lowering.quantized
-    assert form is not None
-    return self.w.op(
-        "MatMul", value, self.weight(name, shape, lambda: dequantize(quantize(load(), form), form, shape[0]))
-    )
+
+    def load() -> list[Float32Array]:
+        return [dequantize(quantize(np.concatenate(list(matrix.rows())).T, self.form), self.form, matrix.inputs)]
+
+    return w.op("MatMul", value, w.weight(name, (matrix.inputs, matrix.outputs), np.float32, load))
 
 
 def run(directory: Path) -> tuple[list[Float32Array], ProbeStep, ProbeStep]:
     """Keys and values of every layer behind a prompt, and two steps of a canvas."""
     probe = OnnxRuntimeProbe(directory, max_tokens=128, threads=1)
-    spec, rng = probe.engine.spec, np.random.default_rng(1)
+    spec, rng = probe.spec, np.random.default_rng(1)
     probe.start()
     probe.encode(rng.integers(0, spec.vocab_size, 2 * spec.sliding_window + 3).astype(np.int32))
     caches = [array for layer in range(len(spec.layers)) for array in probe.keys_values(layer)]
@@ -49,7 +50,7 @@ def test_the_engine_multiplies_what_the_integers_stand_for(
 ) -> None:
     manifest = build_engine(BuildRequest(checkpoint(name), tmp_path / "engine", precision=precision))
     assert (manifest.precision, manifest.kv_dtype, manifest.backend) == (precision, "fp32", "onnxruntime")
-    monkeypatch.setattr(graph._DenoiserGraph, "matmul", rounded_matmul)
+    monkeypatch.setattr(GroupedIntegers, "multiply", rounded_matmul)
     build_engine(BuildRequest(checkpoint(name), tmp_path / "rounded", precision=precision))
 
     (caches, *steps), (expected_caches, *expected_steps) = run(tmp_path / "engine"), run(tmp_path / "rounded")

@@ -30,7 +30,7 @@ def _plan(setting: Setting) -> Result:
     checkpoint = Checkpoint(setting.checkpoint("demo"))
     wrong = []
     for precision in ("fp32", "int8", "int4"):
-        lowering = backend_for("onnxruntime", precision).lowering(checkpoint.config, 4096)
+        lowering = backend_for("onnxruntime", precision).lowering()
         graph = author_graph(checkpoint.config, checkpoint, lowering)
         file = setting.engine("demo", precision) / "model.onnx.data"
         written = sum(len(piece.tobytes()) for weight in graph.weights.values() for piece in weight.pieces())

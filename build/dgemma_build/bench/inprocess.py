@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dgemma_build.emulation import EmulatedBackend, open_emulated
 from dgemma_runtime.codec import Codec
-from dgemma_runtime.contract import Manifest
+from dgemma_runtime.contract import Engine, EngineLimits, Manifest
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from dgemma_runtime.events import Commit, Event, Finished, Sink
 from dgemma_runtime.parameters import default_parameters
@@ -36,6 +37,13 @@ class Outcome:
         return self.finished
 
 
+def open_measured(directory: Path, limits: EngineLimits, threads: int) -> Engine:
+    """An engine that runs on this machine: ONNX Runtime's, or TensorRT's graph emulated on it."""
+    if Manifest.load(directory, verify_hashes=False).target == EmulatedBackend.target:
+        return open_emulated(directory, limits, threads)
+    return OnnxRuntimeEngine(directory, limits, threads)
+
+
 @contextmanager
 def running_service(
     directory: Path, max_batch_size: int = 4, threads: int = 0, max_model_len: int | None = None
@@ -43,7 +51,7 @@ def running_service(
     """A started service on an engine directory; stopped on leaving."""
     settings = RuntimeSettings(max_batch_size=max_batch_size, threads=threads, max_model_len=max_model_len)
     manifest = Manifest.load(directory)
-    engine = OnnxRuntimeEngine(directory, plan_limits(manifest, settings), threads)
+    engine = open_measured(directory, plan_limits(manifest, settings), threads)
     defaults = default_parameters(manifest.generation_defaults)
     service = Service(engine, Codec.load(directory), settings, defaults)
     service.start()

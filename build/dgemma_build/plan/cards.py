@@ -28,11 +28,11 @@ class Card:
     memory_bytes: int
     bandwidth: float  # bytes per second
     fp32_flops: float  # per second, dense, as all three
-    bf16_flops: float  # fp16 runs at the same rate
+    bf16_flops: float
     fp8_flops: float
 
     def flops(self, compute: str) -> float:
-        """FLOP per second of products in `compute`: fp32, bf16, fp16 or fp8."""
+        """FLOP per second of products in `compute`: fp32, bf16 or fp8."""
         return {"fp32": self.fp32_flops, "fp8": self.fp8_flops}.get(compute, self.bf16_flops)
 
 

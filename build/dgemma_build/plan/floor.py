@@ -16,7 +16,7 @@ from dgemma_build.checkpoint import TextConfig
 from dgemma_build.plan.cards import Card
 from dgemma_build.plan.kv import KvSizes
 from dgemma_build.plan.options import ELEMENT_BYTES, PlanOptions
-from dgemma_build.plan.weights import EMBEDDING, EXPERTS, QUANTISED, PlannedWeight
+from dgemma_build.plan.weights import EMBEDDING, EXPERTS, PlannedWeight
 from dgemma_runtime.contract import FULL
 
 
@@ -69,8 +69,8 @@ def step_work(
         read += weight.stored_bytes(options) * (reached if is_expert else 1)
         if weight.is_matrix:
             uses = share if is_expert else 2 if weight.part == EMBEDDING else 1
-            compute = _compute(weight.part, options)
-            flops[compute] = flops.get(compute, 0.0) + 2.0 * weight.elements * uses * tokens
+            compute = _compute(weight, options)
+            flops[compute] = flops.get(compute, 0.0) + 2.0 * weight.values * uses * tokens
     attention = sum(
         4.0 * config.num_attention_heads * layer.head_dim * (seen + config.spec.canvas_length)
         for layer in config.spec.layers
@@ -80,9 +80,9 @@ def step_work(
     return StepWork(batch, context, round(read), flops)
 
 
-def _compute(part: str, options: PlanOptions) -> str:
-    if options.precision == "fp8" and part in QUANTISED:
+def _compute(weight: PlannedWeight, options: PlanOptions) -> str:
+    if weight.name.endswith(".fp8"):
         return "fp8"
-    if part == EMBEDDING and options.quantised and options.fp8_embedding:
+    if weight.part == EMBEDDING and options.quantised and options.fp8_embedding:
         return "fp8"
     return options.activations

@@ -45,7 +45,7 @@ def host_memory(config: TextConfig, precision: str, batch: int, context: int) ->
     Raises ConfigurationError for a precision that the onnxruntime backend does not build.
     """
     spec = config.spec
-    lowering = backend_for("onnxruntime", precision).lowering(config, context)
+    lowering = backend_for("onnxruntime", precision).lowering()
     kv = KvSizes.of(spec, _FLOAT)
     slots, canvas = cache_slots(context), spec.canvas_length
     chunk, rows = min(PREFILL_CHUNK, context), min(batch, PREFILL_ROWS)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from dgemma_runtime.errors import ConfigurationError
 
-WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int4": 4}
+WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp8": 8, "int4": 4}
 PRECISIONS = tuple(WEIGHT_BITS)
-KV_PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+KV_PRECISIONS = ("fp32", "bf16", "fp8")
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 INT4_GROUPS = (32, 64, 128)  # what the kernels read
-DEFAULT_GROUP = 64  # divides every input dimension of the released model; 128 does not divide the experts' 704
+DEFAULT_GROUP = 32  # what the builder uses; 128 does not divide the experts' 704
 DEFAULT_RESERVE_GB = 0.5  # CUDA context, library and its kernels: an allowance, not a measurement
 
 
@@ -44,7 +44,7 @@ class PlanOptions:
     @property
     def activations(self) -> str:
         """Precision of activations, and of what the recipes leave unquantised."""
-        return self.precision if self.precision in ("fp32", "fp16") else "bf16"
+        return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
     def kv(self) -> str:

@@ -51,22 +51,23 @@ class CardPlan:
 
 @dataclass(frozen=True)
 class Model:
-    """A named config, with its graph's weights by activation precision."""
+    """A named config, with its graph's weights by precision."""
 
     name: str
     config: TextConfig
-    _weights: dict[str, list[PlannedWeight]] = field(default_factory=dict, compare=False)
+    _weights: dict[tuple[str, int], list[PlannedWeight]] = field(default_factory=dict, compare=False)
 
     def weights(self, options: PlanOptions) -> list[PlannedWeight]:
-        """Of the graph in the options' activation precision."""
-        if options.activations not in self._weights:
-            self._weights[options.activations] = planned_weights(self.config, options.activations)
-        return self._weights[options.activations]
+        """Of the graph in the options' precision."""
+        key = (options.precision, options.int4_group_size)
+        if key not in self._weights:
+            self._weights[key] = planned_weights(self.config, options)
+        return self._weights[key]
 
     @property
     def elements(self) -> int:
         """Weights in the graph."""
-        return sum(weight.elements for weight in self.weights(PlanOptions()))
+        return sum(weight.values for weight in self.weights(PlanOptions()))
 
     def kv(self, options: PlanOptions) -> KvSizes:
         return KvSizes.of(self.config.spec, ELEMENT_BYTES[options.kv])

@@ -4,8 +4,7 @@ What is alive at once in the widest stage of one layer is counted, not what a li
 and denoising run one after the other in the same memory, so the larger of the two counts. Two lowerings:
 
 - plugin-free (the ONNX graph as written): experts as dense products over all tokens, logits and probabilities of all
-  canvases of a step in fp32, attention decomposed into scores, `TILE_ROWS` folded query rows of one sequence at a
-  time (fp32 scores and probabilities in the activations' precision), and its additive masks;
+  canvases of a step in fp32, full layers' attention as scores and weights of one query head of every KV head;
 - plugins, the kernels of `dgemma_build.kernels`: experts on their own tokens only; attention's outputs in
   `ATTENTION_PARTS` parts in fp32, whatever the context; of the head only probabilities of `HEAD_ROWS` positions at a
   time, in the activations' precision.
@@ -20,7 +19,6 @@ from dgemma_build.plan.kv import PREFILL_CHUNK, KvSizes
 from dgemma_build.plan.options import ELEMENT_BYTES, PlanOptions
 from dgemma_runtime.contract import FULL, LayerSpec
 
-TILE_ROWS = 256
 ATTENTION_PARTS, HEAD_ROWS = 8, 512  # as the kernels are configured for the released model
 
 
@@ -53,8 +51,8 @@ def scratch_bytes(config: TextConfig, options: PlanOptions, batch: int, context:
         attention = ATTENTION_PARTS * max(tokens, chunk) * widest * 4
     else:
         logits = tokens * spec.vocab_size * (4 + 4 + (element if element < 4 else 0))
-        masks = max(tokens, chunk) * (context + spec.canvas_length) * element
-        attention = masks + max(_scores(config, layer, context, element) for layer in spec.layers)
+        rows = max(tokens, chunk)
+        attention = max(_scores(config, layer, context, rows, element) for layer in spec.layers)
     return Scratch(
         prefill=_activations(config, chunk, element, options.plugins),
         canvases=_activations(config, tokens, element, options.plugins),
@@ -77,10 +75,12 @@ def _activations(config: TextConfig, tokens: int, element: int, plugins: bool) -
     return tokens * element * (2 * hidden + max(attention, experts))
 
 
-def _scores(config: TextConfig, layer: LayerSpec, context: int, element: int) -> int:
-    """Scores and probabilities of one tile in one layer; the query heads of a KV head are folded into rows."""
+def _scores(config: TextConfig, layer: LayerSpec, context: int, rows: int, element: int) -> int:
+    """Scores and weights of `rows` tokens over the context of their sequence: what is in float32 between is not stored.
+
+    Full layers: one query head of every KV head at a time. Sliding layers have fused kernels, and a mask instead.
+    """
     spec = config.spec
-    folded = spec.canvas_length * config.num_attention_heads // layer.num_key_value_heads
-    behind = context if layer.kind == FULL else min(context, spec.sliding_window - 1)
-    rows = min(TILE_ROWS, folded) * layer.num_key_value_heads
-    return rows * (behind + spec.canvas_length) * (4 + element)
+    if layer.kind == FULL:
+        return 2 * element * layer.num_key_value_heads * rows * (context + spec.canvas_length)
+    return element * rows * (min(context, spec.sliding_window - 1) + spec.canvas_length)

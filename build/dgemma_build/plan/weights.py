@@ -1,82 +1,67 @@
-"""Bytes of an engine's weights, by part and precision. Knows what the graph holds from the graph's own dry run.
+"""Bytes of an engine's weights, by part and precision. Knows what a graph holds from the graph's own dry run.
 
-What a backend builds is known byte for byte from its lowering (`built_bytes`). A plan for a GPU starts from the graph
-in bf16, fp16 or fp32 and computes fp8 and int4 from the same list of matrices. Quantised are those of the experts, of
-attention, of the dense MLP and of self-conditioning:
-
-    fp8   E4M3, one fp32 scale per output channel (of each expert)
-    int4  two weights a byte in groups along the input dimension, one bf16 scale a group and output channel; a last
-          group that is not full is padded to one
-
-The embedding (the head too), the router, norms and scalars stay in bf16; `fp8_embedding` puts the embedding in E4M3
-with one fp32 scale per token.
+What is planned is what the recipe of that precision writes (`dgemma_build.tensorrt.recipe`), byte for byte, scales
+included. `fp8_embedding` is the one thing that no recipe builds yet: the embedding, which is the head too, in E4M3 with
+one fp32 scale per token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from onnx import TensorProto
 
 from dgemma_build.checkpoint import TextConfig
 from dgemma_build.graph import Lowering, graph_weights
+from dgemma_build.onnx_writer import Weight
 from dgemma_build.plan.options import PlanOptions
+from dgemma_build.tensorrt import recipe
 
 EXPERTS, ATTENTION, DENSE_MLP, EMBEDDING = "experts", "attention", "dense_mlp", "embedding"
 SELF_CONDITIONING, REST = "self_conditioning", "router_norms_scalars"
 PARTS = (EXPERTS, ATTENTION, DENSE_MLP, EMBEDDING, SELF_CONDITIONING, REST)
-QUANTISED = (EXPERTS, ATTENTION, DENSE_MLP, SELF_CONDITIONING)  # matrices; none of these parts holds anything else
-_DTYPES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
 
 
 @dataclass(frozen=True)
 class PlannedWeight:
-    """One weight of the graph before quantisation."""
+    """One weight of the graph."""
 
     name: str
     part: str
-    shape: tuple[int, ...]  # of a matrix: [..., input, output]
-    element_bytes: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether tokens are multiplied by it."""
-        return self.part != REST or self.name.endswith(".router")
+    values: int  # of the model; none in scales
+    nbytes: int
+    is_matrix: bool  # whether tokens are multiplied by it
+    rows: int  # first dimension
 
     def stored_bytes(self, options: PlanOptions) -> int:
-        """With its scales."""
+        """Bytes with everything that the options ask for."""
         if self.part == EMBEDDING and options.quantised and options.fp8_embedding:
-            return self.elements + 4 * self.shape[0]
-        if self.part not in QUANTISED or not options.quantised:
-            return self.elements * self.element_bytes
-        *stack, inputs, outputs = self.shape
-        columns = math.prod(stack) * outputs
-        if options.precision == "fp8":
-            return self.elements + 4 * columns
-        groups, size = -(-inputs // options.int4_group_size), options.int4_group_size
-        return columns * groups * (size // 2 + 2)
+            return self.values + 4 * self.rows
+        return self.nbytes
 
 
-def planned_weights(config: TextConfig, activations: str) -> list[PlannedWeight]:
-    """Every weight of the graph in fp32, bf16 or fp16. The router is told from the MLP that it shares a matrix with."""
-    found = []
-    for weight in graph_weights(config, Lowering(moe="dense", dtype=_DTYPES[activations])):
-        element = weight.dtype.itemsize
-        if weight.name.endswith(".mlp_router"):
-            rows, columns = weight.shape
-            inner = columns - config.num_experts
-            stem = weight.name.removesuffix(".mlp_router")
-            found.append(PlannedWeight(f"{stem}.mlp.gate_up", DENSE_MLP, (rows, inner), element))
-            found.append(PlannedWeight(f"{stem}.router", REST, (rows, config.num_experts), element))
-        else:
-            found.append(PlannedWeight(weight.name, _part(weight.name), weight.shape, element))
-    return found
+def planned_weights(config: TextConfig, options: PlanOptions) -> list[PlannedWeight]:
+    """Every weight of the graph in the options' precision."""
+    lowering = recipe(options.precision, "bf16", options.int4_group_size)
+    return [planned for weight in graph_weights(config, lowering) for planned in _planned(config, weight)]
+
+
+def _planned(config: TextConfig, weight: Weight) -> Iterator[PlannedWeight]:
+    """One weight; two where the router shares a matrix with the MLP."""
+    shape = weight.declared[1] if weight.declared else weight.shape
+    if weight.name.endswith(".mlp_router"):
+        stem, (rows, inputs) = weight.name.removesuffix(".mlp_router"), shape
+        for name, part, outputs in (
+            (f"{stem}.mlp.gate_up", DENSE_MLP, rows - config.num_experts),
+            (f"{stem}.router", REST, config.num_experts),
+        ):
+            yield PlannedWeight(name, part, outputs * inputs, outputs * inputs * weight.dtype.itemsize, True, outputs)
+        return
+    part, is_scale = _part(weight.name), weight.name.endswith((".scales", "_norm.scale"))
+    is_matrix = not is_scale and (part != REST or weight.name.endswith(".router"))
+    yield PlannedWeight(
+        weight.name, part, 0 if is_scale else math.prod(shape), weight.nbytes, is_matrix, shape[0] if shape else 1
+    )
 
 
 def built_bytes(config: TextConfig, lowering: Lowering) -> int:
