@@ -53,6 +53,7 @@ class Machine:
         engine.close()
         assert self.cuda.live == 0
         assert self.cuda.complaints == []
+        assert len(self.library.alive) == 0
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])

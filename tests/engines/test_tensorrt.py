@@ -172,18 +172,37 @@ def test_a_long_prompt_is_laid_out_once(make: Make) -> None:
     assert sum(count > usual for count in counts) <= 3
 
 
-def test_a_short_prompt_after_a_long_one_is_not_encoded_among_many_masked_slots(make: Make) -> None:
-    harness = make()
-    shapes, function = [], harness.program.function
+def watch(harness: Harness) -> list[tuple[int, int]]:
+    """Rows and slots of the full layers, call by call."""
+    calls, function = [], harness.program.function
 
     def watched(profile: int, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        shapes.append(inputs["key_cache_2"].shape[2] * 64)
+        shape = inputs["key_cache_2"].shape
+        calls.append((shape[0], shape[2] * shape[3]))
         function(profile, inputs, outputs)
 
     harness.program.function = watched
+    return calls
+
+
+def test_a_short_prompt_after_a_long_one_is_not_encoded_among_many_masked_slots(make: Make) -> None:
+    harness = make()
+    calls = watch(harness)
     prefilled(harness, 600)
     prefilled(harness, 48)
-    assert shapes == [128] * 6 + [256] * 5 + [512] * 11 + [1024] * 3 + [128] * 2
+    slots = [128] * 6 + [256] * 5 + [512] * 11 + [1024] * 3 + [128] * 2
+    assert calls == [(1, size) for size in slots]
+
+
+def test_a_step_has_the_rows_of_its_canvases_only(make: Make) -> None:
+    harness = make()
+    sequences = {slot: prefilled(harness, 10 + slot) for slot in range(3)}
+    calls = watch(harness)
+    for slots in ((0,), (0, 1), (0, 1, 2)):
+        harness.denoise({slot: sequences[slot] for slot in slots})
+    harness.end(sequences.pop(1))
+    harness.denoise(sequences)
+    assert calls == [(1, 128), (2, 128), (3, 128), (2, 128)]
 
 
 # ---------------------------------------------------------------- workspaces and graphs

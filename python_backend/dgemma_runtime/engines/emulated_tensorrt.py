@@ -5,6 +5,7 @@ An engine is the made-up model of `scripted_program`; its file must hold `ENGINE
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,7 @@ class EmulatedTensorRt:
         self.cuda, self.bindings, self.rtx = cuda, bindings, rtx
         self.capturable = True
         self.refuses: set[str] = set()  # methods of an execution context that say no
-        self.contexts: list[_Context] = []  # all that were ever made
+        self.alive: weakref.WeakSet[_Engine | _Context] = weakref.WeakSet()
         self.configs: list[Any] = []  # of TensorRT for RTX, all that were ever made
         self.ILogger = _Logger
         self.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
@@ -52,7 +53,9 @@ class EmulatedTensorRt:
             log.log(_Logger.ERROR, "the magic tag does not match")
             return None
         log.log(_Logger.WARNING, "a warning of no importance")
-        return _Engine(self, log)
+        engine = _Engine(self, log)
+        self.alive.add(engine)
+        return engine
 
 
 class _Engine:
@@ -92,8 +95,9 @@ class _Engine:
         if "create_execution_context" in self.library.refuses:
             self.log.log(_Logger.ERROR, "no context today")
             return None
-        self.library.contexts.append(_Context(self))
-        return self.library.contexts[-1]
+        context = _RtxContext(self) if self.library.rtx else _Context(self)
+        self.library.alive.add(context)
+        return context
 
 
 class _Context:
@@ -105,8 +109,6 @@ class _Context:
         self.scratch = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
-        if self.library.rtx:
-            self.is_stream_capturable = lambda stream: self.library.capturable
 
     def _says_no(self, method: str) -> bool:
         if method in self.library.refuses:
@@ -169,3 +171,8 @@ class _Context:
         if len(spec.shape) == 4:
             return (rows, spec.shape[1], length, spec.shape[3])
         return (self.shapes["canvas_rows"][0], length, *spec.shape[2:])
+
+
+class _RtxContext(_Context):
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.library.capturable
