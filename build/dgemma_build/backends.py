@@ -27,6 +27,11 @@ class Backend(Protocol):
     @property
     def kv_dtype(self) -> str: ...
 
+    @property
+    def build_seconds_per_gb(self) -> float:
+        """Of weights, for `build`, roughly; 0 where it writes no engine of its own beside the graph."""
+        ...
+
     def lowering(self) -> Lowering:
         """How the graph is written for it."""
         ...
@@ -58,6 +63,7 @@ class OnnxRuntimeBackend:
     weights: GroupFormat | None = None  # of experts, attention and MLP; None: float32
     target: str = "cpu"
     kv_dtype: str = "fp32"
+    build_seconds_per_gb: float = 0.0
 
     def lowering(self) -> Lowering:
         """Experts do no work for tokens that did not choose them."""

@@ -124,22 +124,28 @@ class _Build:
             self.progress.say("going on with the weights of an interrupted build")
 
     def _estimate(self, placed: Sequence[PlacedWeight], form: GroupFormat | None) -> None:
-        """Say what the weights will take; raises ConfigurationError when the disk has no room for them."""
+        """Say what the build will take; raises ConfigurationError when the disk has no room for it."""
         size, data = size_of(placed), self.directory / DATA_FILE
         allocated = data.stat().st_blocks * 512 if data.exists() else 0
         free = shutil.disk_usage(self.directory).free + allocated
-        if size > free:
+        slowness = self.backend.build_seconds_per_gb
+        needed = 2 * size if slowness else size  # an engine of its own, for a while beside the graph's weights
+        if needed > free:
+            beside = " and the engine beside them" if slowness else ""
             raise ConfigurationError(
-                f"--output {self.request.output}: the weights need {size / 1e9:.1f} GB and the disk has "
+                f"--output {self.request.output}: the weights{beside} need {needed / 1e9:.1f} GB and the disk has "
                 f"{free / 1e9:.1f} GB free; make room or choose another"
             )
         if size < 4 * _PROBE_BYTES:
             return
-        seconds = size / _write_speed(self.directory / "probe")
+        seconds = size / _write_speed(self.directory / "probe") + slowness * size / 1e9
         if form:
             packed = sum(item.weight.nbytes for item in placed if item.weight.dtype == np.uint8)
             seconds += packed * 8 / form.bits / _quantize_speed(form)
-        self.progress.say(f"{size / 1e9:.1f} GB of weights to write, about {seconds:.0f} s; {free / 1e9:.0f} GB free")
+        engine = f", {size / 1e9:.1f} GB more for the engine" if slowness else ""
+        self.progress.say(
+            f"{size / 1e9:.1f} GB of weights to write{engine}, about {seconds:.0f} s; {free / 1e9:.0f} GB free"
+        )
 
     def _finish(
         self, digest: str, onnx_sha256: str, hashes: dict[str, str], limits: CallLimits, scratch: int
@@ -200,7 +206,7 @@ def _write_speed(path: Path) -> float:
 
 def _quantize_speed(form: GroupFormat) -> float:
     """Weights per second, from one short trial."""
-    matrix = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
+    matrix = np.random.default_rng(0).standard_normal((2048, 4096), dtype=np.float32)
     started = time.perf_counter()
     quantize(matrix, form)
     return matrix.size / (time.perf_counter() - started)

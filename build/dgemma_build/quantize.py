@@ -9,6 +9,9 @@ E4M3 has a scale per output instead, a power of two (see `products.py`).
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +27,7 @@ UInt8 = npt.NDArray[np.uint8]
 # Candidates, of the scale that meets a group's largest value exactly. With 8 bits that one is as good as any.
 _SHRINK = {4: (1.0, 0.95, 0.9, 0.85, 0.8), 8: (1.0,)}
 FP8_MAX = 448.0  # the greatest number of E4M3
-_CHUNK = 2**16  # values at once, so that the candidates run over what the caches hold
+_CHUNK = 2**18  # values at once
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,26 @@ def quantize_rows(rows: Float32, form: GroupFormat) -> Quantized:
     outputs, inputs = rows.shape
     packed = np.empty(form.packed_shape(inputs, outputs), np.uint8)
     scales = np.empty((outputs, form.groups(inputs)), np.float32)
-    width = form.groups(inputs) * form.group_size
-    step = max(1, _CHUNK // width)
-    padded = np.zeros((step, width), np.float32)
-    for start in range(0, outputs, step):
-        stop = min(start + step, outputs)
-        padded[: stop - start, :inputs] = rows[start:stop]
-        grouped = padded[: stop - start].reshape(stop - start, -1, form.group_size)
+
+    def some(start: int, stop: int) -> None:
+        padded = np.zeros((stop - start, form.groups(inputs) * form.group_size), np.float32)
+        padded[:, :inputs] = rows[start:stop]
+        grouped = padded.reshape(stop - start, -1, form.group_size)
         packed[start:stop], scales[start:stop] = _quantize_groups(grouped, form)
+
+    _by_rows(outputs, inputs, some)
     return Quantized(packed, scales)
+
+
+def _by_rows(outputs: int, inputs: int, work: Callable[[int, int], None]) -> None:
+    """Calls `work` for ranges of rows, on all cores: numpy gives way to other threads while it computes."""
+    step = max(1, _CHUNK // inputs)
+    starts = range(0, outputs, step)
+    if len(starts) == 1:
+        work(0, outputs)
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        list(executor.map(lambda start: work(start, min(start + step, outputs)), starts))
 
 
 def _quantize_groups(grouped: Float32, form: GroupFormat) -> tuple[UInt8, Float32]:
@@ -130,5 +144,13 @@ def power_of_two_scale(greatest: float | Float32) -> Float32:
 
 def to_fp8(rows: Float32) -> tuple[npt.NDArray[Any], Float32]:
     """E4M3 values [out, in] and scales [out] of a matrix [out, in]."""
-    scales = power_of_two_scale(np.abs(rows).max(axis=1))
-    return (rows / scales[:, None]).astype(ml_dtypes.float8_e4m3fn), scales
+    values = np.empty(rows.shape, ml_dtypes.float8_e4m3fn)
+    scales = np.empty(len(rows), np.float32)
+
+    def some(start: int, stop: int) -> None:
+        part = rows[start:stop]
+        scales[start:stop] = power_of_two_scale(np.maximum(part.max(axis=1), -part.min(axis=1)))
+        values[start:stop] = part / scales[start:stop, None]
+
+    _by_rows(*rows.shape, some)
+    return values, scales
