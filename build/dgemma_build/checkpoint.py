@@ -21,41 +21,22 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from dgemma_runtime.contract import FULL, SLIDING, LayerSpec, ModelSpec, file_sha256
+from dgemma_build.text_config import Rope, TextConfig, parse_config, read_config, read_json
+from dgemma_runtime.contract import SLIDING, file_sha256
 from dgemma_runtime.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Rope", "TextConfig", "canonical_name", "expected_shapes", "parse_config", "read_config"]
 
 Array = npt.NDArray[Any]
 
 _DECODER = "model.decoder."
 _ENCODER = "model.encoder.language_model."
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
-_ARCHITECTURE = "DiffusionGemma"  # what the name of every class that holds these weights begins with
 _DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 # The bits of the exponent: all of them are set in NaN and infinity, and in nothing else.
 _EXPONENT = {"F32": 0x7F80_0000, "BF16": 0x7F80, "F16": 0x7C00}
+_FETCH = "fetch the checkpoint again"
 _PIECE = 1 << 20  # values looked at together, few enough to stay in a cache
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary embedding of one layer type: `inverse_frequencies` [head_dim // 2], zero where a pair is not rotated."""
-
-    inverse_frequencies: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The text model's `config.json`, resolved: nothing optional is left, both spellings are read."""
-
-    spec: ModelSpec
-    num_attention_heads: int
-    intermediate_size: int
-    num_experts: int
-    top_k_experts: int
-    moe_intermediate_size: int
-    rms_norm_eps: float
-    final_logit_softcapping: float
-    rope: dict[str, Rope]  # by layer kind
 
 
 @dataclass(frozen=True)
@@ -84,7 +65,7 @@ class Checkpoint:
 
     def generation_defaults(self) -> dict[str, Any]:
         """`generation_config.json`; every key it sets, unread."""
-        return _read_json(self.directory / "generation_config.json")
+        return read_json(self.directory / "generation_config.json")
 
     def names(self) -> Iterable[str]:
         """Canonical names of the text tensors."""
@@ -125,11 +106,14 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{stored.path}: not readable ({error})") from None
         if content.size != size:
-            raise CheckpointError(f"{stored.path}: ends within {name}; the file changed after it was opened")
+            raise CheckpointError(
+                f"{stored.path}: ends within {name}; the file changed after it was opened; build again"
+            )
         exponent, bits = _EXPONENT[stored.dtype], content.view(f"<u{dtype.itemsize}")
         for start in range(0, bits.size, _PIECE):
             if ((bits[start : start + _PIECE] & exponent) == exponent).any():
-                raise CheckpointError(f"{name}{'' if index is None else f'[{index}]'}: holds NaN or infinite values")
+                part = "" if index is None else f"[{index}]"
+                raise CheckpointError(f"{stored.path}: {name}{part} holds NaN or infinite values; {_FETCH}")
         return content.view(dtype).reshape(shape)
 
     def _stored_tensors(self) -> dict[str, _Stored]:
@@ -139,7 +123,7 @@ class Checkpoint:
             return _header(self._weight_file("model.safetensors"))
         if (self.directory / "model.safetensors").exists():
             raise CheckpointError(f"{index_file}: model.safetensors is there too; remove what does not belong")
-        weight_map = _read_json(index_file).get("weight_map")
+        weight_map = read_json(index_file).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CheckpointError(f"{index_file}: has no weight_map from tensors to files")
         where: dict[str, _Stored] = {}
@@ -172,7 +156,7 @@ class Checkpoint:
         if not plain or not any(target.is_relative_to(folder) for folder in homes):
             raise CheckpointError(f"{path}: this weight file lies outside of the checkpoint directory, at {target}")
         if not found:
-            raise CheckpointError(f"{path}: weight file not found; the checkpoint is incomplete")
+            raise CheckpointError(f"{path}: weight file not found; the checkpoint is incomplete, {_FETCH}")
         return path
 
     def _match(self) -> dict[str, str]:
@@ -189,34 +173,26 @@ class Checkpoint:
             where, first = self._where[stored], found.setdefault(name, stored)
             if where.shape != expected[name]:
                 raise CheckpointError(
-                    f"{stored}: shape is {list(where.shape)}, the config asks for {list(expected[name])}"
+                    f"{where.path}: the shape of {stored} is {list(where.shape)}, config.json asks for "
+                    f"{list(expected[name])}; take both from one checkpoint"
                 )
             if where.dtype not in _DTYPES:
-                raise CheckpointError(f"{stored}: dtype is {where.dtype}, expected one of {', '.join(_DTYPES)}")
+                raise CheckpointError(
+                    f"{where.path}: {stored} has dtype {where.dtype}, expected one of {', '.join(_DTYPES)}; take the "
+                    "checkpoint as it was released, not one that was converted or quantised"
+                )
             if first != stored and not np.array_equal(self._read(first), self._read(stored)):
-                raise CheckpointError(f"{stored}: differs from {first}; encoder and decoder share this weight")
+                raise CheckpointError(
+                    f"{where.path}: {stored} differs from {first}; encoder and decoder share it, {_FETCH}"
+                )
         missing = sorted(set(expected) - set(found))
         if unknown or missing:
             parts = [f"missing {_some(missing)}"] if missing else []
             parts += [f"unknown {_some(unknown)}"] if unknown else []
-            raise CheckpointError(f"{self.directory}: tensors do not match the config: {'; '.join(parts)}")
+            raise CheckpointError(
+                f"{self.directory}: tensors do not match config.json: {'; '.join(parts)}; take both from one checkpoint"
+            )
         return found
-
-
-def read_config(directory: Path) -> TextConfig:
-    """The `config.json` of a checkpoint directory, whatever else is there."""
-    path = directory / "config.json"
-    return parse_config(_read_json(path), path)
-
-
-def parse_config(raw: dict[str, Any], path: Path) -> TextConfig:
-    """What `config.json` holds; errors name `path`."""
-    if raw.get("model_type") != "diffusion_gemma":
-        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'diffusion_gemma'")
-    names = raw.get("architectures") or [_ARCHITECTURE]
-    if not isinstance(names, list) or not any(str(name).startswith(_ARCHITECTURE) for name in names):
-        raise CheckpointError(f"{path}: architectures is {names!r}, expected a class of {_ARCHITECTURE}")
-    return _text_config(raw, path)
 
 
 def canonical_name(stored: str) -> str:
@@ -269,18 +245,6 @@ LAYER_NORMS = (
 )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; is this a checkpoint in transformers' format?") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: holds {type(raw).__name__}, expected an object")
-    return raw
-
-
 def _header(path: Path) -> dict[str, _Stored]:
     """Every tensor of one safetensors file by stored name.
 
@@ -291,7 +255,7 @@ def _header(path: Path) -> dict[str, _Stored]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}); {_FETCH}") from None
     header.pop("__metadata__", None)
     return {
         name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
@@ -302,100 +266,3 @@ def _header(path: Path) -> dict[str, _Stored]:
 def _some(names: list[str], limit: int = 6) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-class _Fields:
-    """The values of the text config, each checked when it is asked for."""
-
-    def __init__(self, values: dict[str, Any], path: Path) -> None:
-        self.values, self.path = values, path
-
-    def need(self, key: str, kind: type = object) -> Any:
-        value = self.values.get(key)
-        if value is None:
-            raise CheckpointError(f"{self.path}: text_config.{key} is missing")
-        if not isinstance(value, kind):
-            raise self.wrong(key, value, f"a {kind.__name__}")
-        return value
-
-    def count(self, key: str, override: object = None) -> int:
-        value = override or self.need(key)
-        if type(value) is not int or value < 1:
-            raise self.wrong(key, value, "a whole number above 0")
-        return value
-
-    def wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: text_config.{key} is {value!r}, expected {expected}")
-
-
-def _text_config(raw: dict[str, Any], path: Path) -> TextConfig:
-    text = raw.get("text_config")
-    if not isinstance(text, dict):
-        raise CheckpointError(f"{path}: has no text_config")
-    fields = _Fields(text, path)
-    for key, supported in _FIXED.items():
-        if text.get(key, supported[0]) not in supported:
-            raise fields.wrong(key, text[key], " or ".join(map(repr, supported)))
-    kinds = fields.need("layer_types", list)
-    if len(kinds) != fields.count("num_hidden_layers") or any(kind not in (SLIDING, FULL) for kind in kinds):
-        raise CheckpointError(f"{path}: text_config.layer_types does not fit num_hidden_layers={len(kinds)}: {kinds}")
-    layers = tuple(_layer_spec(fields, index, kind) for index, kind in enumerate(kinds))
-    spec = ModelSpec(
-        vocab_size=fields.count("vocab_size"),
-        hidden_size=fields.count("hidden_size"),
-        canvas_length=raw.get("canvas_length") or 256,
-        sliding_window=fields.count("sliding_window"),
-        max_position_embeddings=fields.count("max_position_embeddings"),
-        layers=layers,
-    )
-    return TextConfig(
-        spec=spec,
-        num_attention_heads=fields.count("num_attention_heads"),
-        intermediate_size=fields.count("intermediate_size"),
-        num_experts=fields.count("num_experts"),
-        top_k_experts=fields.count("top_k_experts"),
-        moe_intermediate_size=fields.count("moe_intermediate_size"),
-        rms_norm_eps=fields.need("rms_norm_eps", float),
-        final_logit_softcapping=float(text.get("final_logit_softcapping") or 30.0),
-        rope={layer.kind: Rope(_inverse_frequencies(fields, layer)) for layer in layers},
-    )
-
-
-# What changes the computation in ways the graph does not cover is refused, not ignored.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("diffusion_gemma_text",),
-    "hidden_activation": ("gelu_pytorch_tanh",),
-    "attention_bias": (False,),
-    "use_bidirectional_attention": (None, "vision"),
-    "tie_word_embeddings": (True,),
-}
-
-
-def _layer_spec(fields: _Fields, index: int, kind: str) -> LayerSpec:
-    text = fields.values
-    override: dict[str, Any] = {}
-    if "per_layer_config" in text:
-        per_layer = text["per_layer_config"] or {}
-        override = per_layer.get(str(index)) or per_layer.get(kind) or {}
-    elif kind == FULL:
-        override = {
-            "head_dim": text.get("global_head_dim", 512),
-            "num_key_value_heads": text.get("num_global_key_value_heads"),
-        }
-    heads, dim = (fields.count(key, override.get(key)) for key in ("num_key_value_heads", "head_dim"))
-    return LayerSpec(kind=kind, num_key_value_heads=heads, head_dim=dim)
-
-
-def _inverse_frequencies(fields: _Fields, layer: LayerSpec) -> npt.NDArray[np.float32]:
-    rope = fields.need("rope_parameters", dict).get(layer.kind)
-    key = f"rope_parameters.{layer.kind}"
-    if not isinstance(rope, dict) or rope.get("rope_type") not in ("default", "proportional"):
-        raise fields.wrong(key, rope, "rope_type 'default' or 'proportional'")
-    half, factor = layer.head_dim // 2, float(rope.get("partial_rotary_factor", 1.0))
-    if rope["rope_type"] == "default" and factor != 1.0:
-        raise fields.wrong(key, rope, "'proportional' with a partial_rotary_factor")
-    rotated = half if rope["rope_type"] == "default" else int(factor * layer.head_dim // 2)
-    exponents = np.arange(0, 2 * rotated, 2, dtype=np.float32) / np.float32(layer.head_dim)
-    frequencies = np.zeros(half, np.float32)
-    frequencies[:rotated] = 1.0 / np.power(np.float32(rope["rope_theta"]), exponents)
-    return frequencies / np.float32(rope.get("factor", 1.0))

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from dgemma_build.backends import PRECISIONS
 from dgemma_build.bars import Bars
@@ -100,14 +101,15 @@ def verify(
 
 
 def main() -> None:
-    """Entry point: errors we raise on purpose are one line on stderr and exit code 2."""
+    """Entry point: errors we raise on purpose, and those of files, are one line on stderr and exit code 2."""
     try:
         for flag in FLAGS:
             if not flag.ours and any(word.split("=")[0] == flag.name for word in sys.argv[1:]):
                 raise ConfigurationError(f"{flag.name}: there is no such option here ({flag.meaning}); leave it out")
         app()
-    except DGemmaError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
+    except (DGemmaError, OSError) as error:
+        message = " ".join(str(error).split())  # libraries answer in several lines
+        console.print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True)
         sys.exit(2)
 
 

@@ -156,8 +156,11 @@ def test_a_weight_stored_for_encoder_and_decoder_must_be_the_same(checkpoint_cop
     [
         (lambda t: t.pop("model.decoder.norm.weight"), ("missing", "norm.weight")),
         (lambda t: t.update({"model.decoder.extra": np.zeros(1, np.float32)}), ("unknown", "model.decoder.extra")),
-        (lambda t: t.update({"model.decoder.norm.weight": np.zeros(3, np.float32)}), ("norm.weight", "shape is [3]")),
-        (lambda t: t.update({"model.decoder.norm.weight": np.zeros(56, np.int32)}), ("norm.weight", "dtype is I32")),
+        (
+            lambda t: t.update({"model.decoder.norm.weight": np.zeros(3, np.float32)}),
+            ("norm.weight is [3]", "asks for [56]"),
+        ),
+        (lambda t: t.update({"model.decoder.norm.weight": np.zeros(56, np.int32)}), ("norm.weight has dtype I32",)),
         (lambda t: t["model.decoder.norm.weight"].fill(np.nan), ("norm.weight", "NaN")),
     ],
 )
@@ -190,7 +193,7 @@ def test_damaged_tensors_are_named(
             ("use_bidirectional_attention", "'all'"),
         ),
         (lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(rope_type="yarn"), ("rope", "yarn")),
-        (lambda c: c["text_config"].update(hidden_size=64), ("the config asks for",)),
+        (lambda c: c["text_config"].update(hidden_size=64), ("config.json asks for",)),
     ],
 )
 def test_foreign_configs_are_named(
