@@ -113,6 +113,14 @@ def sliding_slots(spec: ModelSpec) -> int:
     return -(-(spec.sliding_window - 1) // 8) * 8
 
 
+def cache_dtypes(kv_dtype: str, layer: LayerSpec) -> tuple[str, str]:
+    """Types of a layer's keys and of its values in an engine's cache.
+
+    With fp8, keys of full layers stay in bf16: scores over a long context magnify what E4M3 rounds away.
+    """
+    return ("bf16" if kv_dtype == "fp8" and layer.kind == FULL else kv_dtype), kv_dtype
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
