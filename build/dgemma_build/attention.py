@@ -13,7 +13,6 @@ knows that rows of scores are aligned; without that it copies the keys and the v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -22,18 +21,13 @@ from onnx import TensorProto, helper
 
 from dgemma_build.onnx_writer import GraphWriter
 from dgemma_build.quantize import power_of_two_scale
-from dgemma_runtime.contract import FULL, SLIDING, LayerSpec, ModelSpec, sliding_slots
+from dgemma_runtime.contract import FULL, SLIDING, LayerSpec, ModelSpec, cache_dtypes, sliding_slots
 
 SLOT_GROUP = 64
 NOWHERE = -1e30  # added to scores of what is not visible; finite, so that a row without context stays a number
 
 
-@dataclass(frozen=True)
-class Scales:
-    """Initializers with the powers of two by which queries and keys are divided to fit E4M3."""
-
-    queries: str
-    keys: str
+_TYPES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16, "fp8": TensorProto.FLOAT8E4M3FN}
 
 
 class Attention(Protocol):
@@ -47,10 +41,10 @@ class Attention(Protocol):
         """Once per call: masks, from the tokens' places [L], their number and is_canvas [B, 1]."""
         ...
 
-    def attend(self, index: int, queries: str, keys: str, values: str, scales: Scales | None) -> str:
+    def attend(self, index: int, queries: str, keys: str, values: str, key_scale: str) -> str:
         """Of layer `index`: queries [B, heads, L, dim], keys and values [B, kv_heads, L, dim] of the call's tokens.
 
-        Returns [B, heads, L, dim]. `scales` are those of a cache in E4M3.
+        Returns [B, heads, L, dim]. `key_scale` is an initializer: by what keys are divided to fit E4M3, if they must.
         """
         ...
 
@@ -89,7 +83,7 @@ class InPlaceCache:
             mask = w.op("Where", visible, w.const(0, dtype), w.const(float("-inf"), dtype))
             self._mask[kind] = w.op("Unsqueeze", mask, w.const([1]))
 
-    def attend(self, index: int, queries: str, keys: str, values: str, scales: Scales | None) -> str:
+    def attend(self, index: int, queries: str, keys: str, values: str, key_scale: str) -> str:
         layer, w, caches = self._spec.layers[index], self._w, []
         for name, new in (("key_cache", keys), ("value_cache", values)):
             written = f"{name}_{index}_out"
@@ -100,13 +94,13 @@ class InPlaceCache:
 
 
 class ContextCache:
-    """Caches [B, kv_heads, slots, dim] of sliding and [B, kv_heads, S / 64, 64, dim] of full layers, in `kv_dtype`.
+    """Caches [B, kv_heads, slots, dim] of sliding and [B, kv_heads, S / 64, 64, dim] of full layers.
 
-    In E4M3, queries, keys and values are divided by powers of two that their norms cannot exceed; full layers multiply
-    them as they are, since the context in more bits would be a copy of it.
+    `kv_dtype` is that of the manifest; see `contract.cache_dtypes`. In E4M3, keys and values are divided by powers of
+    two that their norms cannot exceed. Full layers multiply such values as they are: in more bits they would be a copy.
     """
 
-    def __init__(self, w: GraphWriter, spec: ModelSpec, dtype: int, kv_dtype: int, heads: int) -> None:
+    def __init__(self, w: GraphWriter, spec: ModelSpec, dtype: int, kv_dtype: str, heads: int) -> None:
         self._w, self._spec, self._heads = w, spec, heads
         self._dtype, self._kv_dtype = dtype, kv_dtype
         self._number = helper.tensor_dtype_to_np_dtype(dtype)
@@ -114,11 +108,10 @@ class ContextCache:
 
     def declare(self) -> None:
         for index, layer in enumerate(self._spec.layers):
-            full = layer.kind == FULL
-            slots: list[int | str] = ["S_groups", SLOT_GROUP] if full else [sliding_slots(self._spec)]
-            for name in ("key_cache", "value_cache"):
-                shape = ["B", layer.num_key_value_heads, *slots, layer.head_dim]
-                self._w.input(f"{name}_{index}", self._kv_dtype, shape)
+            slots: list[int | str] = ["S_groups", SLOT_GROUP] if layer.kind == FULL else [sliding_slots(self._spec)]
+            shape = ["B", layer.num_key_value_heads, *slots, layer.head_dim]
+            for name, dtype in zip(("key_cache", "value_cache"), cache_dtypes(self._kv_dtype, layer), strict=True):
+                self._w.input(f"{name}_{index}", _TYPES[dtype], shape)
 
     def prepare(self, steps: str, length: str, canvas_column: str) -> None:
         w = self._w
@@ -150,30 +143,27 @@ class ContextCache:
         w = self._w
         return w.op("Unsqueeze", w.op("Where", visible, w.const(0, dtype), w.const(NOWHERE, dtype)), w.const([1]))
 
-    def attend(self, index: int, queries: str, keys: str, values: str, scales: Scales | None) -> str:
+    def attend(self, index: int, queries: str, keys: str, values: str, key_scale: str) -> str:
         layer, w = self._spec.layers[index], self._w
-        key_scale, value_scale = "", ""
-        if scales:
-            key_scale, value_scale = scales.keys, w.const(power_of_two_scale(layer.head_dim**0.5), self._number)
+        value_scale = w.const(power_of_two_scale(layer.head_dim**0.5), self._number)
         context = []
-        for name, new, scale in (("key", keys, key_scale), ("value", values, value_scale)):
+        given = (("key", keys, key_scale), ("value", values, value_scale))
+        for (name, new, scale), dtype in zip(given, cache_dtypes(self._kv_dtype, layer), strict=True):
             cache, out = f"{name}_cache_{index}", f"new_{name}s_{index}"
-            if scale:
-                w.op("QuantizeLinear", new, scale, output_dtype=self._kv_dtype, to=out)
+            if dtype == "fp8":
+                w.op("QuantizeLinear", new, scale, output_dtype=TensorProto.FLOAT8E4M3FN, to=out)
                 cache = w.op("DequantizeLinear", cache, scale)
             else:
                 w.op("Identity", new, to=out)
-            w.graph_output(out, self._kv_dtype, ["B", layer.num_key_value_heads, "L", layer.head_dim])
+            w.graph_output(out, _TYPES[dtype], ["B", layer.num_key_value_heads, "L", layer.head_dim])
             context.append(cache)
         if layer.kind == FULL:
             past = [w.op("Reshape", cache, w.const([0, 0, -1, layer.head_dim])) for cache in context]
-            return self._written_out(layer, queries, (keys, values), (past[0], past[1]), scales)
+            return self._written_out(layer, queries, (keys, values), (past[0], past[1]))
         both = [w.op("Concat", *pair, axis=2) for pair in zip(context, (keys, values), strict=True)]
         return w.op("Attention", queries, *both, self._sliding_mask, scale=1.0)
 
-    def _written_out(
-        self, layer: LayerSpec, queries: str, own: tuple[str, str], past: tuple[str, str], scales: Scales | None
-    ) -> str:
+    def _written_out(self, layer: LayerSpec, queries: str, own: tuple[str, str], past: tuple[str, str]) -> str:
         """`own` and `past`: keys and values [B, kv_heads, L or S, dim]."""
         w, kv_heads, dim = self._w, layer.num_key_value_heads, layer.head_dim
         group = self._heads // kv_heads  # query heads of a KV head
@@ -184,16 +174,15 @@ class ContextCache:
             query = w.op("Squeeze", part, w.const([2]))  # [B, kv_heads, L, dim]
             if attended:
                 query = w.op("Add", query, self._zero_after(attended[-1]))
-            attended.append(self._one_head(query, own, past, scales))
+            attended.append(self._one_head(query, own, past))
         heads = [w.op("Unsqueeze", head, w.const([2])) for head in attended]
         return w.op("Reshape", w.op("Concat", *heads, axis=2), w.const([0, self._heads, -1, dim]))
 
-    def _one_head(self, query: str, own: tuple[str, str], past: tuple[str, str], scales: Scales | None) -> str:
+    def _one_head(self, query: str, own: tuple[str, str], past: tuple[str, str]) -> str:
         """Softmax in float32, as in the reference, over scores [B, kv_heads, key, query] in two parts."""
         w, axis = self._w, self._w.const([2])
         turned = w.op("Transpose", query, perm=[0, 1, 3, 2])
-        narrow = self._narrow(turned, scales.queries) if scales else turned
-        over_past = w.op("Add", self._to_float(w.op("MatMul", past[0], narrow)), self._context_mask)
+        over_past = w.op("Add", self._to_float(w.op("MatMul", past[0], turned)), self._context_mask)
         over_own = w.op("Add", self._to_float(w.op("MatMul", own[0], turned)), self._own_mask)
         greatest = w.op("Max", w.op("ReduceMax", over_past, axis), w.op("ReduceMax", over_own, axis))
         mass, outputs = [], []
@@ -201,15 +190,16 @@ class ContextCache:
             weights = w.op("Exp", w.op("Sub", scores, greatest))
             mass.append(w.op("ReduceSum", weights, axis))
             weights = w.op("Transpose", self._from_float(weights), perm=[0, 1, 3, 2])
-            if scales and scores == over_past:
-                weights = self._narrow(weights, w.const(power_of_two_scale(1.0), self._number))
+            if self._kv_dtype == "fp8" and scores == over_past:
+                weights = self._narrow(weights)
             outputs.append(w.op("MatMul", weights, values))
         total = self._from_float(w.op("Transpose", w.op("Add", *mass), perm=[0, 1, 3, 2]))
         return w.op("Div", w.op("Add", *outputs), total)
 
-    def _narrow(self, value: str, scale: str) -> str:
-        """Rounded to E4M3."""
-        stored = self._w.op("QuantizeLinear", value, scale, output_dtype=self._kv_dtype)
+    def _narrow(self, weights: str) -> str:
+        """Numbers up to one, rounded to E4M3."""
+        scale = self._w.const(power_of_two_scale(1.0), self._number)
+        stored = self._w.op("QuantizeLinear", weights, scale, output_dtype=TensorProto.FLOAT8E4M3FN)
         return self._w.op("DequantizeLinear", stored, scale)
 
     def _to_float(self, value: str) -> str:

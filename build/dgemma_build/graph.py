@@ -35,7 +35,7 @@ import numpy.typing as npt
 from onnx import TensorProto, helper
 
 from dgemma_build import plugin_lowering
-from dgemma_build.attention import Attention, ContextCache, InPlaceCache, Scales
+from dgemma_build.attention import Attention, ContextCache, InPlaceCache
 from dgemma_build.checkpoint import TextConfig
 from dgemma_build.head import add_head
 from dgemma_build.moe import MOE_LOWERINGS, MoeWeights
@@ -43,7 +43,7 @@ from dgemma_build.onnx_writer import Array, GraphWriter, Weight
 from dgemma_build.products import Fp8, GroupedIntegers, Int4, Matrix, Plain, Products, rms_bound
 from dgemma_build.quantize import GroupFormat, power_of_two_scale
 from dgemma_build.tensorrt_llm_experts import mixture_of_experts
-from dgemma_runtime.contract import FULL, SLIDING, LayerSpec
+from dgemma_runtime.contract import FULL, SLIDING, LayerSpec, cache_dtypes
 
 Float32 = npt.NDArray[np.float32]
 
@@ -61,7 +61,7 @@ class Lowering:
     groups: GroupFormat | None = None  # of `integers` and `int4`
     in_place: bool = True  # which style of attention, see `attention.py`
     plugin_head: bool = False  # the fused head of `plugin_lowering.py`
-    kv_dtype: int = TensorProto.FLOAT  # of the cache; that of `dtype` or, if not in place, E4M3
+    kv_dtype: str = "fp32"  # of the cache, as in a manifest; that of `dtype` or, if not in place, fp8
 
 
 def _products(lowering: Lowering) -> Products:
@@ -277,24 +277,21 @@ class _DenoiserGraph:
         scaled = w.op("Mul", queries_keys, self.weight(f"{prefix}.qk_norm", (heads + kv_heads, 1, dim), scale))
         rotated = w.op("RotaryEmbedding", scaled, *self.rope[layer.kind])
         queries, keys = w.ops("Split", rotated, w.const([heads, kv_heads]), outputs=2, axis=1)
-        context = self.attention.attend(index, queries, keys, values, self._scales(prefix, dim))
+        context = self.attention.attend(index, queries, keys, values, self._key_scale(prefix, layer))
         context = w.op("Reshape", w.op("Transpose", context, perm=[0, 2, 1, 3]), w.const([0, 0, -1]))
         matrix_out = Matrix(heads * dim, hidden, lambda: [self.load(f"{prefix}.o_proj.weight")])
         # a mean of values, whose norms are at most those of their RMS norm
         return self.matmul(context, f"{prefix}.o_proj", matrix_out, rms_bound(dim))
 
-    def _scales(self, prefix: str, dim: int) -> Scales | None:
-        """For E4M3: no query or key is longer than sqrt(dim) times its norm's greatest weight."""
-        if self.lowering.kv_dtype != TensorProto.FLOAT8E4M3FN:
-            return None
+    def _key_scale(self, prefix: str, layer: LayerSpec) -> str:
+        """For keys in E4M3: none is longer than sqrt(dim) times its norm's greatest weight."""
+        if cache_dtypes(self.lowering.kv_dtype, layer)[0] != "fp8":
+            return ""
 
-        def scale(name: str) -> str:
-            def load() -> Float32:
-                return power_of_two_scale(rms_bound(dim) * np.abs(self.load(f"{prefix}.{name}.weight")).max())
+        def load() -> Float32:
+            return power_of_two_scale(rms_bound(layer.head_dim) * np.abs(self.load(f"{prefix}.k_norm.weight")).max())
 
-            return self.weight(f"{prefix}.{name}.scale", (), load)
-
-        return Scales(scale("q_norm"), scale("k_norm"))
+        return self.weight(f"{prefix}.k_norm.scale", (), load)
 
     def _mlp_and_router(self, normed: str, prefix: str) -> tuple[str, str]:
         """The dense MLP's output [B, L, H] and the router's logits [B, L, experts]."""

@@ -152,5 +152,5 @@ def to_fp8(rows: Float32) -> tuple[npt.NDArray[Any], Float32]:
         scales[start:stop] = power_of_two_scale(np.maximum(part.max(axis=1), -part.min(axis=1)))
         values[start:stop] = part / scales[start:stop, None]
 
-    _by_rows(*rows.shape, some)
+    _by_rows(len(rows), rows.shape[1], some)
     return values, scales

@@ -27,7 +27,6 @@ ENGINE_FILE = "rank0.engine"
 DEFAULT_BATCH = 4  # canvases, where the build does not say
 COMPUTE_CAPABILITIES = ("SM89", "SM120")  # of TensorRT for RTX
 PLUGIN_TARGET = "sm_90"
-KV_TYPES = {"fp32": TensorProto.FLOAT, "bf16": TensorProto.BFLOAT16, "fp8": TensorProto.FLOAT8E4M3FN}
 GROUP = 32  # inputs to a scale of int4; 64 costs the demo checkpoint some of its answers
 _USUAL_CONTEXT = 8192  # tokens that the kernels are chosen for
 
@@ -94,7 +93,7 @@ def recipe(precision: str, kv_precision: str, group: int = GROUP, plugins: bool 
     With plugins, experts and head are this project's kernels.
     """
     dtype = TensorProto.FLOAT if precision == "fp32" else TensorProto.BFLOAT16
-    shared: dict[str, Any] = {"moe": "dense", "dtype": dtype, "in_place": False, "kv_dtype": KV_TYPES[kv_precision]}
+    shared: dict[str, Any] = {"moe": "dense", "dtype": dtype, "in_place": False, "kv_dtype": kv_precision}
     if plugins:
         suffix = "" if precision == "bf16" else f"-{precision}"
         shared |= {"moe": f"plugins{suffix}", "plugin_head": True}
@@ -109,7 +108,7 @@ class TensorRtBackend:
 
     library: str
     precision: str  # of the large matrices; all else is bf16
-    kv_dtype: str  # a key of KV_TYPES
+    kv_dtype: str  # bf16 or fp8: see `contract.cache_dtypes`
     plugins: bool = field(default=False, kw_only=True)  # experts and head as this project's kernels, on Hopper
 
     @property

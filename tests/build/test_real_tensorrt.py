@@ -11,7 +11,7 @@ from dgemma_build.random_checkpoint import write_checkpoint
 
 CONTEXT = 262_144  # tokens
 SCRATCH = 1e9  # bytes, with one canvas behind the whole context
-# Keys and values in E4M3 are turned for their product: one more byte of an element of one of them.
+# Values in E4M3 are turned for their product: a copy of one byte an element.
 SCRATCH_FP8_CACHE = SCRATCH + CONTEXT * 2 * 512
 
 

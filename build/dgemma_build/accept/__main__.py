@@ -11,13 +11,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dgemma_build.accept import parity, precisions, served, sizes, speed, streaming
+from dgemma_build.accept import builds, parity, precisions, served, sizes, speed, streaming
 from dgemma_build.accept.table import Result, Row, Setting
 from dgemma_build.bench.__main__ import PLOT, RESULT, ROOT, THREADS
 from dgemma_build.bench.report import Environment, json_line, plot, table
 from dgemma_build.signals import exit_on_sigterm
 
-ROWS: tuple[Row, ...] = (*parity.ROWS, *served.ROWS, *streaming.ROWS, *precisions.ROWS, *sizes.ROWS, *speed.ROWS)
+ROWS: tuple[Row, ...] = (
+    *parity.ROWS,
+    *served.ROWS,
+    *streaming.ROWS,
+    *precisions.ROWS,
+    *builds.ROWS,
+    *sizes.ROWS,
+    *speed.ROWS,
+)
 OUTPUT = ROOT / "benchmarks/accept.json"
 
 

@@ -10,20 +10,21 @@ from dgemma_build.accept.table import NAMES, Result, Row, Setting
 from dgemma_build.bench.inprocess import run_requests, running_service
 from dgemma_build.demo.skills import SKILLS, held_out_set
 from dgemma_build.demo.tokenizer import render_turn
-from dgemma_build.engine_probe import OnnxRuntimeProbe
+from dgemma_build.emulation import EmulatedProbe
+from dgemma_build.engine_probe import OnnxRuntimeProbe, Probe
 from dgemma_build.gate import GateReport, check_generation
 from dgemma_build.model_errors import MODEL_ERRORS, revealing_run
 from dgemma_build.oracle import trace_generation
 from dgemma_runtime.noise import CanvasNoise
 
 
-def gate(name: str) -> Row:
+def gate(name: str, graph: str = "onnxruntime") -> Row:
     """Every step of whole generations, contexts below and above the window."""
 
     def measure(setting: Setting) -> Result:
         model = setting.oracle(name)
         window = model.config.text_config.sliding_window
-        probe = OnnxRuntimeProbe(setting.engine(name), max_tokens=8 * window, threads=1)
+        probe = _probe(setting, name, graph, 8 * window)
         contexts = (1, window // 2, window - 1, window, window + 1, 3 * window + 2)
         report = GateReport()
         for seed, length in enumerate(contexts[::2] if setting.quick else contexts):
@@ -37,7 +38,14 @@ def gate(name: str) -> Row:
         )
         return Result(figure, report.passed, vars(report))
 
-    return Row(f"graph against the oracle, {name}", "argmax equal; 1e-4 each", measure)
+    whose = "graph" if graph == "onnxruntime" else "TensorRT's graph and engine, emulated in fp32,"
+    return Row(f"{whose} against the oracle, {name}", "argmax equal; 1e-4 each", measure)
+
+
+def _probe(setting: Setting, name: str, graph: str, max_tokens: int) -> Probe:
+    if graph == "onnxruntime":
+        return OnnxRuntimeProbe(setting.engine(name), max_tokens=max_tokens, threads=1)
+    return EmulatedProbe(setting.emulated(name, "fp32", "fp32"), max_tokens=max_tokens, threads=1)
 
 
 def _errors(setting: Setting) -> Result:
@@ -111,6 +119,7 @@ def _company(setting: Setting) -> Result:
 
 ROWS: tuple[Row, ...] = (
     *(gate(name) for name in NAMES),
+    *(gate(name, "tensorrt") for name in NAMES),
     Row("deliberate model errors caught by the gate", "all", _errors),
     *(whole_generations(name) for name in NAMES),
     Row("a request alone, and joining and leaving a busy batch", "identical tokens", _company),

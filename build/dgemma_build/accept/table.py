@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dgemma_build.bench.__main__ import ROOT, run
 from dgemma_build.bench.scenario import Cell
+from dgemma_build.emulation import build_emulated
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.oracle import Model, load_oracle
 from dgemma_build.random_checkpoint import write_checkpoint
@@ -39,9 +40,12 @@ class Setting:
         self._oracles: dict[str, Model] = {}
 
     def checkpoint(self, name: str) -> Path:
-        """`demo` as it lies in the repository, or a generated one."""
+        """`demo` as it lies in the repository, or a generated one; of `real`, a sliding layer and a full one."""
         if name == "demo":
             return ROOT / "build/checkpoints/demo"
+        if name == "real":
+            directory = GENERATED / "checkpoints" / name
+            return directory if directory.exists() else write_checkpoint(directory, name, layers=2, vocab_size=8192)
         return write_checkpoint(GENERATED / "checkpoints" / name, name)
 
     def engine(self, name: str, precision: str = "fp32") -> Path:
@@ -52,6 +56,15 @@ class Setting:
             output.parent.mkdir(parents=True, exist_ok=True)
             build_engine(BuildRequest(self.checkpoint(name), output, precision=precision))
             self._engines[key] = output
+        return self._engines[key]
+
+    def emulated(self, name: str, precision: str, kv_precision: str = "bf16") -> Path:
+        """TensorRT's graph in that precision, to run on ONNX Runtime."""
+        key = f"{name}-tensorrt-{precision}-{kv_precision}"
+        if key not in self._engines:
+            self._engines[key] = build_emulated(
+                self.checkpoint(name), GENERATED / "engines" / key, precision, kv_precision
+            )
         return self._engines[key]
 
     def oracle(self, name: str) -> Model:
