@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from dgemma_runtime.contract import FULL, EngineLimits, Manifest
+from dgemma_runtime.contract import FULL, EngineLimits, Manifest, cache_dtypes
 from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.pages import PageRules
 
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}  # of keys and values
+_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}  # of keys or values
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def page_bytes(manifest: Manifest, page_size: int) -> PageBytes:
     if manifest.kv_dtype not in _ELEMENT_BYTES:
         known = ", ".join(_ELEMENT_BYTES)
         raise ConfigurationError(f"the engine's kv_dtype is {manifest.kv_dtype!r}, this runtime knows {known}")
-    element = _ELEMENT_BYTES[manifest.kv_dtype]
-    layers = [(spec.kind == FULL, 2 * spec.num_key_value_heads * spec.head_dim) for spec in manifest.model.layers]
-    full = sum(width for is_full, width in layers if is_full)
-    sliding = sum(width for is_full, width in layers if not is_full)
-    return PageBytes(full * element * page_size, sliding * element * page_size)
+    token = {True: 0, False: 0}  # bytes, by whether a layer is a full one
+    for layer in manifest.model.layers:
+        elements = sum(_ELEMENT_BYTES[dtype] for dtype in cache_dtypes(manifest.kv_dtype, layer))
+        token[layer.kind == FULL] += layer.num_key_value_heads * layer.head_dim * elements
+    return PageBytes(full=token[True] * page_size, sliding=token[False] * page_size)
 
 
 def plan_limits(manifest: Manifest, settings: RuntimeSettings) -> EngineLimits:

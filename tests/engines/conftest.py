@@ -19,6 +19,7 @@ from dgemma_runtime.contract import (
     LayerSpec,
     Manifest,
     ModelSpec,
+    cache_dtypes,
     file_sha256,
 )
 from dgemma_runtime.engines.bindings import Bindings
@@ -26,7 +27,7 @@ from dgemma_runtime.engines.device import STORAGE, Array
 from dgemma_runtime.engines.emulated_tensorrt import ENGINE_BYTES
 from dgemma_runtime.engines.host_device import HostDevice, HostProgram
 from dgemma_runtime.engines.scripted import scripted_manifest
-from dgemma_runtime.engines.scripted_program import answer, new_keys_values, scripted_program, visible
+from dgemma_runtime.engines.scripted_program import KeysValues, answer, new_keys_values, scripted_program, visible
 from dgemma_runtime.engines.tensorrt import ENGINE_FILE, TensorRtEngine
 from dgemma_runtime.pages import PagePool, PageRules, PageTable
 
@@ -49,7 +50,7 @@ class Sequence:
     """What the engine must know of one sequence."""
 
     table: PageTable
-    kept: list[Array]  # per layer [2, kv_heads, tokens, head_dim]
+    kept: list[KeysValues]  # per layer, of all tokens
     slot: int | None = None
     soft: Array | None = None  # None: the next step is a canvas's first
     length: int = 0
@@ -73,13 +74,18 @@ class Harness:
 
     def sequence(self, most_tokens: int) -> Sequence:
         table = PageTable(self.full, self.sliding, self.rules, self.rules.need(most_tokens))
-        storage = STORAGE[self.bindings.kv_dtype]
-        kept = [np.zeros((2, layer.num_key_value_heads, 0, layer.head_dim), storage) for layer in self.spec.layers]
+        kept = []
+        for layer in self.spec.layers:
+            keys, values = cache_dtypes(self.bindings.kv_dtype, layer)
+            shape = (layer.num_key_value_heads, 0, layer.head_dim)
+            kept.append((np.zeros(shape, STORAGE[keys]), np.zeros(shape, STORAGE[values])))
         return Sequence(table, kept)
 
-    def context(self, sequence: Sequence) -> list[Array]:
-        counts = [visible(self.spec, layer, sequence.length) for layer in range(len(self.spec.layers))]
-        return [part[:, :, part.shape[2] - n :] for part, n in zip(sequence.kept, counts, strict=True)]
+    def context(self, sequence: Sequence) -> list[KeysValues]:
+        starts = [sequence.length - visible(self.spec, layer, sequence.length) for layer in range(len(sequence.kept))]
+        return [
+            (keys[:, start:], values[:, start:]) for (keys, values), start in zip(sequence.kept, starts, strict=True)
+        ]
 
     def encode(self, sequences: list[Sequence], lengths: list[int]) -> None:
         rows = []
@@ -94,7 +100,10 @@ class Harness:
 
     def _grow(self, sequence: Sequence, ids: Int32Array) -> None:
         new = new_keys_values(self.bindings, self.context(sequence), ids, sequence.length)
-        sequence.kept = [np.concatenate(pair, axis=2) for pair in zip(sequence.kept, new, strict=True)]
+        sequence.kept = [
+            (np.concatenate((keys, more_keys), axis=1), np.concatenate((values, more_values), axis=1))
+            for (keys, values), (more_keys, more_values) in zip(sequence.kept, new, strict=True)
+        ]
         sequence.length += len(ids)
 
     def denoise(self, sequences: dict[int, Sequence]) -> None:

@@ -43,6 +43,23 @@ def test_the_shapes(manifest: Manifest, bindings: Bindings) -> None:
     assert len(specs) == 12 + 4 * 4
 
 
+def test_types_with_fp8(manifest: Manifest, bindings: Bindings) -> None:
+    """Layer 2 is the full one."""
+    specs = replace(bindings, kv_dtype="fp8").specs()
+    dtypes = {name: spec.dtype for name, spec in specs.items() if name.startswith(("key_", "value_", "new_"))}
+    of_keys = ("key_cache_2", "new_keys_2")
+    assert dtypes == {name: "bf16" if name in of_keys else "fp8" for name in dtypes}
+    assert {name: spec.shape for name, spec in specs.items()} == {
+        name: spec.shape for name, spec in bindings.specs().items()
+    }
+    changed = replace(manifest, kv_dtype="fp8")
+    assert read(changed, specs) == replace(bindings, kv_dtype="fp8")
+    for name in of_keys:
+        all_fp8 = specs | {name: replace(specs[name], dtype="fp8")}
+        with pytest.raises(ManifestError, match=rf"{name}: the engine has an .* of type fp8 .* needs an .* type bf16"):
+            read(changed, all_fp8)
+
+
 def test_larger_engines_than_asked_for_fit(manifest: Manifest, bindings: Bindings) -> None:
     larger = replace(bindings, max_batch_size=8, max_encode_tokens=512, largest_slots=4096)
     assert read(manifest, larger.specs()) == replace(bindings, largest_slots=4096)

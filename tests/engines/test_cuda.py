@@ -56,9 +56,15 @@ class Machine:
         assert len(self.library.alive) == 0
 
 
+@pytest.fixture
+def kv_dtype() -> str:
+    return "bf16"
+
+
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
 def machine(
     request: pytest.FixtureRequest,
+    kv_dtype: str,
     tmp_path: Path,
     manifest: Manifest,
     write: Callable[..., Path],
@@ -68,6 +74,7 @@ def machine(
     changed = replace(
         manifest,
         backend=request.param,
+        kv_dtype=kv_dtype,
         backend_version="1.2.3",
         target="sm_89,sm_90",
         max_batch_size=3,
@@ -101,6 +108,7 @@ def run(harness: Harness, context: int = 50) -> None:
 # ---------------------------------------------------------------- a life
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
 def test_a_whole_life_with_the_engine_on_a_thread_of_its_own(machine: Machine) -> None:
     harness = machine.open()
     errors: list[BaseException] = []

@@ -12,10 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dgemma_runtime.contract import FULL, SLIDING, LayerSpec, Manifest
+from dgemma_runtime.contract import FULL, SLIDING, EngineLimits, LayerSpec, Manifest
 from dgemma_runtime.engines.device import Array
+from dgemma_runtime.engines.host_device import HostDevice
+from dgemma_runtime.engines.kv_memory import KEYS, VALUES, KvMemory, layer_groups
 from dgemma_runtime.engines.number_formats import from_float32, to_float32
 from dgemma_runtime.errors import ConfigurationError, EngineError
+from dgemma_runtime.settings import page_bytes
 
 if TYPE_CHECKING:
     from tests.engines.conftest import Harness, Sequence
@@ -51,11 +54,12 @@ def test_any_page_and_chunk_size(make: Make, page_size: int, chunk: int) -> None
 
 
 FULLS = (LayerSpec(FULL, 1, 16), LayerSpec(FULL, 2, 8), LayerSpec(FULL, 1, 16))
+SEVERAL = (LayerSpec(SLIDING, 1, 24), *FULLS, LayerSpec(SLIDING, 1, 24))
 
 
 @pytest.mark.parametrize("kv_dtype", ["bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("slot_group", [1, 64])
-@pytest.mark.parametrize("layers", [FULLS[:1], FULLS, (LayerSpec(SLIDING, 3, 4),), (LayerSpec(SLIDING, 1, 24), *FULLS)])
+@pytest.mark.parametrize("layers", [FULLS[:1], FULLS, (LayerSpec(SLIDING, 3, 4),), SEVERAL])
 def test_any_layers_and_types(
     make: Make, manifest: Manifest, layers: tuple[LayerSpec, ...], kv_dtype: str, slot_group: int
 ) -> None:
@@ -66,15 +70,84 @@ def test_any_layers_and_types(
         harness.denoise(dict(enumerate(sequences)))
 
 
-def test_keys_and_values_come_back_from_the_pages(make: Make) -> None:
-    harness = make()
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("layers", [None, SEVERAL])
+def test_keys_and_values_come_back_from_the_pages(
+    make: Make, manifest: Manifest, kv_dtype: str, layers: tuple[LayerSpec, ...] | None
+) -> None:
+    model = replace(manifest.model, layers=layers or manifest.model.layers)
+    harness = make(manifest=replace(manifest, model=model, kv_dtype=kv_dtype))
     sequence = prefilled(harness, 53)
     for layer, kept in enumerate(sequence.kept):
-        start = 53 - 10 if harness.spec.layers[layer].kind == SLIDING else 3
-        keys, values = harness.engine.keys_values(layer, sequence.table.view, start, 51)
-        for found, bits in zip((keys, values), kept[:, :, start:51], strict=True):
-            expected = to_float32(np.ascontiguousarray(bits).view(np.uint8), "bf16")
+        spec = harness.spec.layers[layer]
+        start = 53 - 10 if spec.kind == SLIDING else 3
+        stored = harness.engine.keys_values(layer, sequence.table.view, start, 51)
+        dtypes = ("bf16" if spec.kind == FULL else kv_dtype, kv_dtype)
+        for found, bits, dtype in zip(stored, kept, dtypes, strict=True):
+            expected = to_float32(np.ascontiguousarray(bits[:, start:51]).view(np.uint8), dtype)
             assert np.array_equal(found, expected.transpose(1, 0, 2))
+            assert np.unique(found).size > 20
+
+
+# ---------------------------------------------------------------- groups, pages and copies
+
+
+def test_what_has_one_type_is_one_group(manifest: Manifest) -> None:
+    """Of each layer the keys, then the values; with fp8 those of full layers apart."""
+    model = replace(manifest.model, layers=SEVERAL)
+    both = {layer: [(layer, KEYS), (layer, VALUES)] for layer in range(5)}
+    sliding, full, other = [*both[0], *both[4]], [*both[1], *both[3]], both[2]
+    bf16 = layer_groups(model, "bf16")
+    assert [list(group.tensors) for group in bf16] == [sliding, full, other]
+    assert {group.dtype for group in bf16} == {"bf16"}
+    fp8 = layer_groups(model, "fp8")
+    assert [(group.dtype, list(group.tensors)) for group in fp8] == [
+        ("fp8", sliding),
+        ("bf16", full[::2]),
+        ("fp8", full[1::2]),
+        ("bf16", other[::2]),
+        ("fp8", other[1::2]),
+    ]
+    assert [group.token_bytes for group in fp8] == [24, 32, 16, 16, 8]
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+@pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("layers", [None, SEVERAL, FULLS, (LayerSpec(SLIDING, 3, 4),)])
+def test_pages_take_the_memory_that_settings_count(
+    manifest: Manifest, layers: tuple[LayerSpec, ...] | None, kv_dtype: str, page_size: int
+) -> None:
+    model = replace(manifest.model, layers=layers or manifest.model.layers)
+    device, limits = HostDevice(), EngineLimits(3, 24, page_size, 70, 11)
+    memory = KvMemory(device, model, kv_dtype, limits)
+    size = page_bytes(replace(manifest, model=model, kv_dtype=kv_dtype), page_size)
+    assert device.allocated_bytes == 70 * size.full + 11 * size.sliding
+    memory.close()
+    assert device.live == 0
+
+
+@pytest.mark.parametrize(("kv_dtype", "full"), [("bf16", 1), ("fp16", 1), ("fp8", 2)])
+def test_a_page_is_one_copy_and_two_where_types_differ(
+    make: Make, manifest: Manifest, kv_dtype: str, full: int
+) -> None:
+    """`full` is of a page of the full layers; of the sliding layers it is one with every type."""
+    harness = make(manifest=replace(manifest, kv_dtype=kv_dtype))
+    sequence, other = harness.sequence(60), harness.sequence(60)
+    counts = []
+
+    def count(work: Callable[[], None]) -> None:
+        before = harness.device.copies
+        work()
+        counts.append(harness.device.copies - before)
+
+    count(lambda: harness.encode([sequence], [24]))  # writes 6 pages
+    count(lambda: harness.encode([sequence], [16]))  # reads 6 and of the window's 10 tokens 3, writes 4
+    count(lambda: harness.denoise({0: sequence}))  # reads 10 and 3, keeps the soft embedding
+    harness.encode([other], [24])
+    count(lambda: harness.denoise({1: other}))  # reads 6 and 3, keeps
+    harness.leave(sequence)
+    count(lambda: harness.denoise({1: other}))  # moves a row and its soft embedding, keeps
+    assert counts == [6 * full + 6, 10 * full + 7, 10 * full + 4, 6 * full + 4, full + 3]
 
 
 # ---------------------------------------------------------------- canvases
@@ -117,7 +190,8 @@ def test_a_page_that_changed_hands_is_laid_out_again(make: Make) -> None:
 
 def shortened(sequence: Sequence, length: int) -> Sequence:
     """The same sequence as it was with fewer tokens."""
-    return replace(sequence, kept=[part[:, :, :length] for part in sequence.kept], length=length, slot=None, soft=None)
+    kept = [(keys[:, :length], values[:, :length]) for keys, values in sequence.kept]
+    return replace(sequence, kept=kept, length=length, slot=None, soft=None)
 
 
 def test_a_page_of_which_only_the_beginning_was_laid_out_is_completed(make: Make) -> None:
@@ -259,12 +333,12 @@ def test_nothing_is_left_after_an_empty_life(make: Make) -> None:
 # ---------------------------------------------------------------- too little memory
 
 
-def least_memory(make: Make, limits: tuple[int, int, int, int, int]) -> int:
+def least_memory(make: Make, manifest: Manifest, limits: tuple[int, int, int, int, int]) -> int:
     """Bytes below which an engine refuses to start."""
     size = 1000
     while True:
         try:
-            make(limits=limits, memory_bytes=size).close()
+            make(manifest=manifest, limits=limits, memory_bytes=size).close()
         except ConfigurationError as error:
             numbers = re.findall(
                 r"need (\d+) bytes, (\d+) are free; lower kv_memory_bytes, max_model_len or", str(error)
@@ -274,12 +348,13 @@ def least_memory(make: Make, limits: tuple[int, int, int, int, int]) -> int:
             return size
 
 
-def test_an_engine_says_how_much_memory_it_lacks(make: Make) -> None:
-    limits = (3, 24, 4, 260, 40)
-    size = least_memory(make, limits)
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
+def test_an_engine_says_how_much_memory_it_lacks(make: Make, manifest: Manifest, kv_dtype: str) -> None:
+    limits, changed = (3, 24, 4, 260, 40), replace(manifest, kv_dtype=kv_dtype)
+    size = least_memory(make, changed, limits)
     with pytest.raises(ConfigurationError, match="the contexts of 3 canvases need"):
-        make(limits=limits, memory_bytes=size - 1)
-    make(limits=limits, memory_bytes=size)
+        make(manifest=changed, limits=limits, memory_bytes=size - 1)
+    make(manifest=changed, limits=limits, memory_bytes=size)
 
 
 def test_canvases_are_packed_tightly_where_memory_ends(make: Make) -> None:
@@ -322,11 +397,14 @@ def test_memory_that_ends_for_good_is_an_error(make: Make) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
-def test_any_order_of_events(make: Make, data: st.DataObject) -> None:
+def test_any_order_of_events(make: Make, manifest: Manifest, data: st.DataObject) -> None:
     """Sequences come, grow, denoise in changing company, and go; all pages are always somebody's or free."""
     limits = (3, 24, 4, 260, 40)
-    memory = data.draw(st.sampled_from([2**40, 0])) or least_memory(make, limits)
-    harness = make(limits=limits, memory_bytes=memory, slot_group=data.draw(st.sampled_from([1, 64])))
+    model = replace(manifest.model, layers=data.draw(st.sampled_from([manifest.model.layers, SEVERAL])))
+    manifest = replace(manifest, model=model, kv_dtype=data.draw(st.sampled_from(["bf16", "fp8"])))
+    memory = data.draw(st.sampled_from([2**40, 0])) or least_memory(make, manifest, limits)
+    slot_group = data.draw(st.sampled_from([1, 64]))
+    harness = make(limits=limits, manifest=manifest, memory_bytes=memory, slot_group=slot_group)
     live: dict[int, Sequence] = {}
     for _ in range(data.draw(st.integers(1, 25))):
         free = [slot for slot in range(3) if slot not in live]

@@ -54,7 +54,8 @@ def test_the_context_is_the_engine_s_own_unless_lowered() -> None:
 def test_page_bytes_by_hand() -> None:
     assert page_bytes(DEMO, 64) == PageBytes(full=3 * 2 * 64 * 4 * 64, sliding=9 * 2 * 64 * 4 * 64)
     assert page_bytes(replace(DEMO, kv_dtype="bf16"), 1) == PageBytes(3 * 2 * 64 * 2, 9 * 2 * 64 * 2)
-    assert page_bytes(replace(DEMO, kv_dtype="fp8"), 1) == PageBytes(3 * 2 * 64, 9 * 2 * 64)
+    # Keys of full layers stay in bf16.
+    assert page_bytes(replace(DEMO, kv_dtype="fp8"), 1) == PageBytes(3 * (2 + 1) * 64, 9 * 2 * 64)
     with pytest.raises(ConfigurationError, match="kv_dtype is 'fp3'"):
         page_bytes(replace(DEMO, kv_dtype="fp3"), 64)
 

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgemma_runtime.contract import FULL, LayerSpec, Manifest, ModelSpec, sliding_slots
+from dgemma_runtime.contract import FULL, LayerSpec, Manifest, ModelSpec, cache_dtypes, sliding_slots
 from dgemma_runtime.engines.device import TensorSpec
 from dgemma_runtime.errors import ManifestError
 
 DENOISE, ENCODE = 0, 1  # optimisation profiles: B = R canvases, or one row of up to max_encode_tokens and R = 0
-CACHES = {"key_cache": "new_keys", "value_cache": "new_values"}
+CACHES = (("key_cache", "new_keys"), ("value_cache", "new_values"))  # in the order of `cache_dtypes`
 CALL_INPUTS = {  # name -> type, dimensions
     "token_ids": ("int32", "BL"),
     "position": ("int64", "B"),  # tokens of context
@@ -35,7 +35,7 @@ class Bindings:
     """What one engine takes."""
 
     spec: ModelSpec
-    kv_dtype: str
+    kv_dtype: str  # as in the manifest; see `cache_dtypes`
     soft_dtype: str
     slot_group: int  # slots of full layers come in multiples of it, as [.., S / slot_group, slot_group, head_dim]; or 1
     largest_slots: int  # of full layers
@@ -60,10 +60,10 @@ class Bindings:
             sizes = self.cache_shape(layer, -1, -1 if layer.kind == FULL else sliding_slots(self.spec))
             slots = self.largest_slots if layer.kind == FULL else sliding_slots(self.spec)
             largest = tuple(self.cache_shape(layer, rows, slots) for rows in (batch, 1))
-            for cache, new in CACHES.items():
-                specs[f"{cache}_{index}"] = TensorSpec(True, self.kv_dtype, sizes, largest)
-                fresh = (-1, layer.num_key_value_heads, -1, layer.head_dim)
-                specs[f"{new}_{index}"] = TensorSpec(False, self.kv_dtype, fresh)
+            fresh = (-1, layer.num_key_value_heads, -1, layer.head_dim)
+            for (cache, new), dtype in zip(CACHES, cache_dtypes(self.kv_dtype, layer), strict=True):
+                specs[f"{cache}_{index}"] = TensorSpec(True, dtype, sizes, largest)
+                specs[f"{new}_{index}"] = TensorSpec(False, dtype, fresh)
         return specs
 
     def cache_shape(self, layer: LayerSpec, rows: int, slots: int) -> tuple[int, ...]:

@@ -154,10 +154,10 @@ def cache_tensors(bindings: Bindings, caches: Sequence[Block], fresh: Sequence[B
     tensors = {}
     for cache, new in zip(caches, fresh, strict=True):
         group = cache.group
-        for place, layer in enumerate(group.layers):
+        added_shape = (rows, group.kv_heads, new.slots, group.head_dim)
+        for place, (layer, which) in enumerate(group.tensors):
+            name, added = CACHES[which]
             shape = bindings.cache_shape(bindings.spec.layers[layer], rows, cache.slots)
-            added_shape = (rows, group.kv_heads, new.slots, group.head_dim)
-            for which, (name, added) in enumerate(CACHES.items()):
-                tensors[f"{name}_{layer}"] = Tensor(cache.tensor(2 * place + which), shape)
-                tensors[f"{added}_{layer}"] = Tensor(new.tensor(2 * place + which), added_shape)
+            tensors[f"{name}_{layer}"] = Tensor(cache.tensor(place), shape)
+            tensors[f"{added}_{layer}"] = Tensor(new.tensor(place), added_shape)
     return tensors

@@ -1,8 +1,9 @@
 """Keys and values in device memory: page pools, caches laid out for a call, and copies between them. Knows no program.
 
-Layers of one kind and shape form a group. A page of a group is [2 * layers, kv_heads, page_size, head_dim], a block
-[2 * layers, rows, kv_heads, slots, head_dim] (of each layer the keys, then the values), so any span of tokens of one
-page goes to or from one row of a block in a single copy, whatever the number of layers.
+Keys and values of one kind of layer, shape and type form a group. A page of a group is [tensors, kv_heads, page_size,
+head_dim], a block [tensors, rows, kv_heads, slots, head_dim], so any span of tokens of one page goes to or from one row
+of a block in a single copy, whatever the number of layers. The tensors are, of each layer, the keys, then the values;
+or one of the two, where their types differ.
 """
 
 from __future__ import annotations
@@ -14,38 +15,55 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dgemma_runtime.contract import FULL, SLIDING, EncodeRow, EngineLimits, ModelSpec, SequencePages, sliding_slots
+from dgemma_runtime.contract import (
+    FULL,
+    SLIDING,
+    EncodeRow,
+    EngineLimits,
+    ModelSpec,
+    SequencePages,
+    cache_dtypes,
+    sliding_slots,
+)
 from dgemma_runtime.engines.device import ALIGNMENT, STORAGE, Device, HostBytes, Pitched
+
+KEYS, VALUES = 0, 1  # places in what `cache_dtypes` gives
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers whose keys and values have one shape."""
+    """Keys and values of layers of one kind that have one shape and one type."""
 
     kind: str
     kv_heads: int
     head_dim: int
-    token_bytes: int  # of one head
-    layers: tuple[int, ...]
+    dtype: str  # a key of STORAGE
+    tensors: tuple[tuple[int, int], ...]  # layer, and KEYS or VALUES
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one head of one tensor."""
+        return self.head_dim * STORAGE[self.dtype].itemsize
 
     @property
     def page_token_bytes(self) -> int:
-        """Of one token in all layers."""
-        return 2 * len(self.layers) * self.kv_heads * self.token_bytes
+        """Of one token in all tensors."""
+        return len(self.tensors) * self.kv_heads * self.token_bytes
 
 
 def layer_groups(spec: ModelSpec, kv_dtype: str) -> tuple[Group, ...]:
     """In the order of their first layers."""
-    members: dict[tuple[str, int, int], list[int]] = {}
+    members: dict[tuple[str, int, int, str], list[tuple[int, int]]] = {}
     for index, layer in enumerate(spec.layers):
-        members.setdefault((layer.kind, layer.num_key_value_heads, layer.head_dim), []).append(index)
-    element = STORAGE[kv_dtype].itemsize
-    return tuple(Group(*shape, shape[2] * element, tuple(layers)) for shape, layers in members.items())
+        for which, dtype in zip((KEYS, VALUES), cache_dtypes(kv_dtype, layer), strict=True):
+            shape = (layer.kind, layer.num_key_value_heads, layer.head_dim, dtype)
+            members.setdefault(shape, []).append((index, which))
+    return tuple(Group(*shape, tuple(tensors)) for shape, tensors in members.items())
 
 
 @dataclass(frozen=True)
 class Block:
-    """Caches of one group, [2 * layers, rows, kv_heads, slots, head_dim] at `address`; every layer's is aligned."""
+    """Caches of one group, [tensors, rows, kv_heads, slots, head_dim] at `address`; every tensor is aligned."""
 
     group: Group
     address: int
@@ -65,14 +83,14 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        return 2 * len(self.group.layers) * self.planes * self.pitch
+        return len(self.group.tensors) * self.planes * self.pitch
 
     def tensor(self, number: int) -> int:
-        """Address of the keys (even) or values (odd) of layer number // 2 of the group."""
+        """Address of one of the group's tensors."""
         return self.address + number * self.planes * self.pitch
 
     def at(self, row: int, token: int) -> Pitched:
-        """One row from one token on, of all layers."""
+        """One row from one token on, of all tensors."""
         offset = row * self.group.kv_heads * self.pitch + token * self.group.token_bytes
         return Pitched(self.address + offset, self.pitch, self.planes)
 
@@ -152,7 +170,7 @@ class KvMemory:
                 page = int((row.pages.full if group.kind == FULL else row.pages.sliding)[first // size])
                 if page < 0:  # a chunk longer than the window fills sliding pages that are gone already
                     continue
-                extent = ((last - first) * group.token_bytes, group.kv_heads, 2 * len(group.layers))
+                extent = ((last - first) * group.token_bytes, group.kv_heads, len(group.tensors))
                 target = self._page(group, pool + page * page_bytes, first % size)
                 self.device.copy(target, block.at(0, first - row.position), extent)
             self._versions[row.pages.full[first // size]] += 1
@@ -162,7 +180,7 @@ class KvMemory:
         for block in blocks:
             count = position if block.group.kind == FULL else self.sliding_length(position)
             if count:
-                extent = (count * block.group.token_bytes, block.group.kv_heads, 2 * len(block.group.layers))
+                extent = (count * block.group.token_bytes, block.group.kv_heads, len(block.group.tensors))
                 self.device.copy(block.at(target, 0), block.at(source, 0), extent)
 
     def _copy_pages(
@@ -172,7 +190,7 @@ class KvMemory:
         for group, pool, page_bytes, block in self._together(blocks):
             if group.kind == kind:
                 assert page >= 0, f"the {kind} layers' page within reach of a context was given back"
-                extent = (count * group.token_bytes, group.kv_heads, 2 * len(group.layers))
+                extent = (count * group.token_bytes, group.kv_heads, len(group.tensors))
                 source = self._page(group, pool + page * page_bytes, token)
                 self.device.copy(block.at(row, slot), source, extent)
 
@@ -184,14 +202,14 @@ class KvMemory:
 
     # ------------------------------------------------------------ inspection
 
-    def page_bytes(self, layer: int, page: int) -> HostBytes:
-        """A copy of one layer's part of a page, [2, kv_heads, page_size, bytes of a head]; waits for the device."""
-        number = next(index for index, group in enumerate(self.groups) if layer in group.layers)
+    def page_bytes(self, layer: int, which: int, page: int) -> HostBytes:
+        """A copy of one layer's KEYS or VALUES in a page, [kv_heads, page_size, head bytes]; waits for the device."""
+        number = next(index for index, group in enumerate(self.groups) if (layer, which) in group.tensors)
         group = self.groups[number]
-        shape = (2, group.kv_heads, self.limits.page_size, group.token_bytes)
+        shape = (group.kv_heads, self.limits.page_size, group.token_bytes)
         part = self.device.host_bytes(math.prod(shape))
         address = self._pools[number] + page * self._page_bytes[number]
-        self.device.download(part, address + group.layers.index(layer) * part.nbytes)
+        self.device.download(part, address + group.tensors.index((layer, which)) * part.nbytes)
         self.device.synchronize()
         values: HostBytes = part.reshape(shape).copy()
         self.device.free_host_bytes(part)

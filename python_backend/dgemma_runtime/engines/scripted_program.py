@@ -9,18 +9,21 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from dgemma_runtime.contract import FULL, Float32Array, Int32Array, ModelSpec
+from dgemma_runtime.contract import FULL, Float32Array, Int32Array, ModelSpec, cache_dtypes
 from dgemma_runtime.engines.bindings import DENOISE, ENCODE, Bindings
 from dgemma_runtime.engines.device import STORAGE, Array
 from dgemma_runtime.engines.host_device import HostDevice, HostProgram
 
 _HIGHEST = {"bf16": 0x3FFF, "fp16": 0x3BFF, "fp8": 0x37}  # bits of positive finite numbers
 
-Context = Sequence[Array]
-"""Per layer what a call may see of it: [2, kv_heads, tokens, head_dim], the bits of keys and values."""
+KeysValues = tuple[Array, Array]
+"""Of one layer, each [kv_heads, tokens, head_dim]: their bits."""
+Context = Sequence[KeysValues]
+"""Per layer what a call may see of it."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +41,18 @@ def visible(spec: ModelSpec, layer: int, position: int) -> int:
     return position if spec.layers[layer].kind == FULL else min(position, spec.sliding_window - 1)
 
 
-def new_keys_values(bindings: Bindings, context: Context, token_ids: Int32Array, position: int) -> list[Array]:
-    """Per layer [2, kv_heads, tokens, head_dim]."""
-    seed = _checksum(*context)
-    highest = _HIGHEST[bindings.kv_dtype]
+def new_keys_values(bindings: Bindings, context: Context, token_ids: Int32Array, position: int) -> list[KeysValues]:
+    """Per layer."""
+    seed = _checksum(*chain(*context))
     made = []
     for index, layer in enumerate(bindings.spec.layers):
         tokens = np.array(token_ids, np.int64) * 7 + np.arange(position, position + len(token_ids)) * 131 + seed
         salt = np.arange(2 * layer.num_key_value_heads * layer.head_dim) * 31 + index * 1009
         values = (tokens[:, None] * 2654435761 + salt) >> 7
         shape = (len(token_ids), 2, layer.num_key_value_heads, layer.head_dim)
-        made.append((values % highest).astype(STORAGE[bindings.kv_dtype]).reshape(shape).transpose(1, 2, 0, 3))
+        keys, values = values.reshape(shape).transpose(1, 2, 0, 3)
+        of_keys, of_values = cache_dtypes(bindings.kv_dtype, layer)
+        made.append((_bits(keys, of_keys), _bits(values, of_values)))
     return made
 
 
@@ -63,7 +67,7 @@ def answer(
 ) -> Answer:
     """One step of one canvas."""
     given: tuple[Array, ...] = (canvas_ids, uniforms, np.array([temperature], np.float32), np.array([position]), soft)
-    random = np.random.default_rng(_checksum(*context, *given))
+    random = np.random.default_rng(_checksum(*chain(*context), *given))
     spec = bindings.spec
     ids = random.integers(spec.vocab_size, size=(2, spec.canvas_length), dtype=np.int32)
     entropies = random.random(spec.canvas_length, np.float32)
@@ -106,13 +110,23 @@ class _Call:
             outputs["argmax_ids"][row], outputs["sampled_ids"][row] = got.argmax_ids, got.sampled_ids
             outputs["entropies"][row], outputs["next_soft_embedding"][row] = got.entropies, got.next_soft
 
-    def _context(self, layer: int, row: int, position: int) -> Array:
-        spec = self.bindings.spec.layers[layer]
-        both: Array = np.stack([self.inputs[f"{name}_cache_{layer}"][row] for name in ("key", "value")])
-        both = both.reshape(2, spec.num_key_value_heads, -1, spec.head_dim)
-        assert (both <= _HIGHEST[self.bindings.kv_dtype]).all(), "what is masked must be finite numbers"
-        seen: Array = both[:, :, : visible(self.bindings.spec, layer, position)]
-        return seen
+    def _context(self, layer: int, row: int, position: int) -> KeysValues:
+        of_keys, of_values = cache_dtypes(self.bindings.kv_dtype, self.bindings.spec.layers[layer])
+        return (
+            self._seen(f"key_cache_{layer}", of_keys, layer, row, position),
+            self._seen(f"value_cache_{layer}", of_values, layer, row, position),
+        )
+
+    def _seen(self, name: str, dtype: str, layer: int, row: int, position: int) -> Array:
+        spec, cache = self.bindings.spec.layers[layer], self.inputs[name][row]
+        assert cache.dtype == STORAGE[dtype], name
+        assert (cache <= _HIGHEST[dtype]).all(), "what is masked must be finite numbers"
+        whole: Array = cache.reshape(spec.num_key_value_heads, -1, spec.head_dim)
+        return whole[:, : visible(self.bindings.spec, layer, position)]
+
+
+def _bits(numbers: Array, dtype: str) -> Array:
+    return (numbers % _HIGHEST[dtype]).astype(STORAGE[dtype])
 
 
 def _checksum(*arrays: Array) -> int:

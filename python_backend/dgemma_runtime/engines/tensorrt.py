@@ -22,12 +22,13 @@ from dgemma_runtime.contract import (
     Float32Array,
     Manifest,
     SequencePages,
+    cache_dtypes,
 )
 from dgemma_runtime.engines.bindings import Bindings, read_bindings
 from dgemma_runtime.engines.call_memory import FreshMemory, slots_for, smallest_slots
 from dgemma_runtime.engines.device import Device, OutOfMemory, Program
 from dgemma_runtime.engines.encoder import Encoder
-from dgemma_runtime.engines.kv_memory import KvMemory
+from dgemma_runtime.engines.kv_memory import KEYS, VALUES, KvMemory
 from dgemma_runtime.engines.number_formats import from_float32, to_float32
 from dgemma_runtime.engines.workspace import Shared, Workspace
 from dgemma_runtime.errors import ConfigurationError, ManifestError
@@ -214,10 +215,12 @@ class TensorRtEngine:
         """K and V of one layer for positions [start, stop) as stored, each [stop - start, kv_heads, head_dim]."""
         spec, size = self.spec.layers[layer], self.limits.page_size
         chosen = (pages.sliding if spec.kind == SLIDING else pages.full)[start // size : -(-stop // size)]
-        parts = [self._memory.page_bytes(layer, int(page)) for page in chosen]
-        whole = to_float32(np.concatenate(parts, axis=2), self.manifest.kv_dtype)  # [2, kv_heads, tokens, head_dim]
-        keys, values = whole[:, :, start % size :][:, :, : stop - start].transpose(0, 2, 1, 3)
-        return keys, values
+        found = []
+        for which, dtype in zip((KEYS, VALUES), cache_dtypes(self.manifest.kv_dtype, spec), strict=True):
+            parts = [self._memory.page_bytes(layer, which, int(page)) for page in chosen]
+            whole = to_float32(np.concatenate(parts, axis=1), dtype)  # [kv_heads, tokens, head_dim]
+            found.append(whole[:, start % size :][:, : stop - start].transpose(1, 0, 2))
+        return found[KEYS], found[VALUES]
 
 
 def _most_cache_bytes(memory: KvMemory, bindings: Bindings) -> int:
