@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 24
 _INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference can see them
-_ALIGNMENT = 4096  # bytes; lets a runtime map the file
+ALIGNMENT = 4096  # bytes: a runtime may map the file, the writer bypass the page cache
 
 Array = npt.NDArray[Any]
 Pieces = Callable[[], Iterable[Array]]
@@ -136,7 +136,7 @@ class GraphWriter:
         found, end = [], 0
         for weight in self.weights.values():
             if weight.nbytes > _INLINE_BYTES:
-                offset = end + -end % _ALIGNMENT
+                offset = end + -end % ALIGNMENT
                 found.append(PlacedWeight(weight, offset))
                 end = offset + weight.nbytes
         return found
