@@ -66,7 +66,7 @@ class GraphWriter:
 
     def __init__(self) -> None:
         self.weights: dict[str, Weight] = {}
-        self._nodes: list[onnx.NodeProto] = []
+        self.nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
@@ -96,7 +96,7 @@ class GraphWriter:
         self._count += 1
         base = f"{kind}_{self._count}"
         names = list(to) if to else [base if outputs == 1 else f"{base}:{index}" for index in range(outputs)]
-        self._nodes.append(helper.make_node(kind, inputs, names, name=base, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, names, name=base, domain=domain, **attributes))
         return names
 
     def graph_output(self, name: str, dtype: int, shape: Sequence[int | str]) -> None:
@@ -151,9 +151,9 @@ class GraphWriter:
         for item in self.placed():
             initializers[item.weight.name] = _external(item, data_file)
         graph = helper.make_graph(
-            self._nodes, "diffusion_gemma", self._inputs, self._outputs, list(initializers.values())
+            self.nodes, "diffusion_gemma", self._inputs, self._outputs, list(initializers.values())
         )
-        domains = sorted({node.domain for node in self._nodes} | {""})
+        domains = sorted({node.domain for node in self.nodes} | {""})
         opsets = [helper.make_opsetid(domain, OPSET if domain == "" else 1) for domain in domains]
         model = helper.make_model(graph, opset_imports=opsets, producer_name=producer, ir_version=11)
         helper.set_model_props(model, metadata)

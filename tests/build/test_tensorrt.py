@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import tensorrt_rtx
 
+from dgemma_build import tensorrt
+from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.engine import BuildRequest, build_engine
-from dgemma_build.tensorrt import BINDINGS, binding_shapes, longest_chunk, profiles
+from dgemma_build.graph import author_graph
+from dgemma_build.tensorrt import BINDINGS, binding_shapes, longest_chunk, profiles, recipe
 from dgemma_runtime.contract import Manifest
 from dgemma_runtime.errors import ConfigurationError
 
@@ -80,3 +85,48 @@ def test_the_engine_directory_is_described_like_others(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "engine/config.json").read_text())
     assert (raw["max_model_len"], raw["max_batch_size"]) == (4096, 2)
     assert {"rank0.engine", "tokenizer.json", "generation_config.json"} <= raw["files"].keys()
+
+
+def test_tensorrt_is_driven_like_tensorrt_for_rtx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the other's name: what is not common to both must not be asked of `tensorrt`."""
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_rtx)
+    monkeypatch.setattr(tensorrt, "_present_gpu", lambda: "sm_90")
+    request = BuildRequest(DEMO, tmp_path / "engine", "tensorrt", "fp8", max_model_len=4096, max_batch_size=1)
+    manifest = build_engine(request)
+    assert (manifest.backend, manifest.target, manifest.precision) == ("tensorrt", "sm_90", "fp8")
+    assert manifest.backend_version == tensorrt_rtx.__version__
+
+
+def test_without_a_gpu_tensorrt_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_rtx)
+    with pytest.raises(
+        ConfigurationError, match=r"builds for the GPU that it runs on, and CUDA finds none \(.+\); build"
+    ):
+        build_engine(BuildRequest(DEMO, tmp_path / "engine", "tensorrt", "bf16"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
+def test_with_plugins_experts_and_head_are_kernels(precision: str) -> None:
+    config = Checkpoint(DEMO).config
+    plain, plugins = (
+        author_graph(config, Checkpoint(DEMO), recipe(precision, "bf16", plugins=on)) for on in (False, True)
+    )
+    kinds = [node.op_type for node in plugins.nodes if node.domain == "dgemma"]
+    assert [kinds.count(kind) for kind in ("head_tiles", "experts_gate_up", "experts_down")] == [1, 6, 6]
+    assert not [node for node in plain.nodes if node.domain == "dgemma"]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt_rtx"])
+def test_plugins_are_for_tensorrt(tmp_path: Path, backend: str) -> None:
+    precision = "fp32" if backend == "onnxruntime" else "bf16"
+    request = BuildRequest(DEMO, tmp_path / "engine", backend, precision, plugins=True)
+    with pytest.raises(ConfigurationError, match=f"--plugins: {backend} takes none; choose --backend tensorrt"):
+        build_engine(request)
+
+
+def test_plugins_are_compiled_for_one_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_rtx)
+    monkeypatch.setattr(tensorrt, "_present_gpu", lambda: "sm_120")
+    request = BuildRequest(DEMO, tmp_path / "engine", "tensorrt", "bf16", plugins=True, max_model_len=4096)
+    with pytest.raises(ConfigurationError, match="--plugins: the kernels are compiled for sm_90, this GPU is sm_120"):
+        build_engine(request)
