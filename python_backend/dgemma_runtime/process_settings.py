@@ -18,6 +18,7 @@ from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.settings import RuntimeSettings
 
 SETTINGS_VARIABLE = "DGEMMA_SETTINGS"
+_FILES = ("drain_file", "failure_file")
 _RUNTIME_NAMES = tuple(item.name for item in fields(RuntimeSettings))
 
 
@@ -30,18 +31,17 @@ class ProcessSettings:
     log_level: str = "INFO"  # of the runtime's own log on stderr
     drain_file: Path | None = None  # when it appears: end all requests within the seconds in it
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    failure_file: Path | None = None  # takes the reason where the model does not load
 
     def to_json(self) -> str:
         """For `SETTINGS_VARIABLE`; `from_environment` reads it."""
         values = asdict(self)
-        runtime = values.pop("runtime")
-        paths = {"engine": str(self.engine), "drain_file": None if self.drain_file is None else str(self.drain_file)}
-        return json.dumps({**values, **paths, **runtime})
+        return json.dumps(values | values.pop("runtime"), default=str)
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> ProcessSettings:
         """From names and values; raises ConfigurationError naming an unknown, missing or wrong one."""
-        known = ("engine", "warm_up", "log_level", "drain_file", *_RUNTIME_NAMES)
+        known = ("engine", "warm_up", "log_level", *_FILES, *_RUNTIME_NAMES)
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -55,11 +55,19 @@ class ProcessSettings:
             raise ConfigurationError(f"warm_up must be true or false, got {warm_up!r}")
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigurationError(f"log_level must be DEBUG, INFO, WARNING or ERROR, got {level!r}")
-        drain_file = values.get("drain_file")
-        if not isinstance(drain_file, str | Path | None):
-            raise ConfigurationError(f"drain_file must be a path, got {drain_file!r}")
+        files: dict[str, Path | None] = {}
+        for name in _FILES:
+            path = values.get(name)
+            if not isinstance(path, str | Path | None):
+                raise ConfigurationError(f"{name} must be a path, got {path!r}")
+            files[name] = None if path is None else Path(path)
         runtime = RuntimeSettings(**{name: values[name] for name in _RUNTIME_NAMES if name in values})
-        return ProcessSettings(Path(engine), warm_up, level, None if drain_file is None else Path(drain_file), runtime)
+        return ProcessSettings(Path(engine), warm_up, level, **files, runtime=runtime)
+
+    def report_failure(self, reason: str) -> None:
+        """Leave it to whoever started this process, and can say it without Triton's log around it."""
+        if self.failure_file is not None:
+            self.failure_file.write_text(reason)
 
     def drain_request(self) -> float | None:
         """The seconds that whoever stops the server leaves to running requests; None where nobody is stopping it.

@@ -93,7 +93,7 @@ class RunningServer:
         end = time.monotonic() + deadline_s
         while not self.model_ready():
             if (code := self.returncode) is not None:
-                raise ServerStartError(f"the Triton server ended with status {code} before it was ready{self._tail()}")
+                raise ServerStartError(f"the Triton server ended with status {code} before it was ready{self._why()}")
             if time.monotonic() > end:
                 raise ServerStartError(f"the Triton server was not ready after {deadline_s:g} s{self._tail()}")
             time.sleep(_POLL_S)
@@ -143,6 +143,13 @@ class RunningServer:
         kept = [line for line in text.splitlines() if line.strip() and not line.startswith(("+-", "| "))]
         return "\n".join(kept[-lines:])
 
+    def _why(self) -> str:
+        """The model's own words where it has left some, else the end of the log."""
+        try:
+            return f": {_failure_file(self._run_directory).read_text()}"
+        except FileNotFoundError:
+            return self._tail()
+
     def _tail(self) -> str:
         tail = self.log_tail()
         return f"; the end of its log:\n{tail}" if tail else ""
@@ -162,7 +169,8 @@ def start_server(settings: ProcessSettings, options: ServerOptions, log_to_file:
             f"{options.model_repository}: no model repository with {MODEL_NAME}; name the one of the source tree"
         )
     run_directory = Path(tempfile.mkdtemp(prefix="dgemma-server-"))
-    placed = replace(settings, engine=settings.engine.resolve(), drain_file=_drain_file(run_directory))
+    drain, failure = _drain_file(run_directory), _failure_file(run_directory)
+    placed = replace(settings, engine=settings.engine.resolve(), drain_file=drain, failure_file=failure)
     environment = install.environment(os.environ) | {SETTINGS_VARIABLE: placed.to_json()}
     with contextlib.ExitStack() as stack:
         output: IO[bytes] | None = None
@@ -231,6 +239,10 @@ def _region_prefix(run_directory: Path) -> str:
 
 def _drain_file(run_directory: Path) -> Path:
     return run_directory / "drain"
+
+
+def _failure_file(run_directory: Path) -> Path:
+    return run_directory / "failure"
 
 
 # ---------------------------------------------------------------- ports and processes

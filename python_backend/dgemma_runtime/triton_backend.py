@@ -36,13 +36,16 @@ class TritonBackend:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the engine; Triton shows the message of what is raised as the reason why the model did not load."""
+        settings: ProcessSettings | None = None
         try:
-            check_triton(pb_utils, np.__version__)
             settings = ProcessSettings.from_environment(os.environ)
+            check_triton(pb_utils, np.__version__)
             _set_up_log(settings.log_level)
             self._application = Application.open(settings)
             self._settings = settings
         except DGemmaError as error:
+            if settings is not None:
+                settings.report_failure(str(error))
             raise pb_utils.TritonModelException(f"{type(error).__name__}: {error}") from None
         self._model_name = args["model_name"]
         self._server = os.getppid()

@@ -115,7 +115,7 @@ def test_the_stub_finds_its_libraries(tmp_path: Path) -> None:
 
 def test_settings_survive_the_environment() -> None:
     settings = ProcessSettings(
-        Path("/engine"), False, "DEBUG", Path("/drain"), RuntimeSettings(max_model_len=100, threads=2)
+        Path("/engine"), False, "DEBUG", Path("/drain"), RuntimeSettings(max_model_len=100, threads=2), Path("/why")
     )
     assert ProcessSettings.from_environment({SETTINGS_VARIABLE: settings.to_json()}) == settings
     minimal = ProcessSettings.from_environment({SETTINGS_VARIABLE: '{"engine": "/engine"}'})
@@ -136,6 +136,7 @@ def test_settings_survive_the_environment() -> None:
         ('{"engine": "/e", "warm_up": 1}', "warm_up must be true or false, got 1"),
         ('{"engine": "/e", "log_level": "LOUD"}', "log_level must be DEBUG, INFO, WARNING or ERROR, got 'LOUD'"),
         ('{"engine": "/e", "drain_file": 1}', "drain_file must be a path, got 1"),
+        ('{"engine": "/e", "failure_file": 1}', "failure_file must be a path, got 1"),
     ],
 )
 def test_wrong_settings_are_named(text: str | None, message: str) -> None:

@@ -186,5 +186,6 @@ def test_a_load_that_fails_is_an_error(
 ) -> None:
     command = run(directory=make_engine(tmp_path / "engine", failing_prompt=[0]))
     assert command.end() == 1
-    assert command.lines[-1] == "dgemma-server: error: the Triton server ended with status 1 before it was ready"
-    assert any("the warm-up generation failed" in line for line in command.lines)
+    assert command.lines[-1].startswith(
+        "dgemma-server: error: the Triton server ended with status 1 before it was ready: the warm-up generation failed"
+    )
