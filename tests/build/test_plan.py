@@ -15,8 +15,9 @@ from dgemma_build.emulation import build_emulated
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.plan.cards import CARDS, GIGA, Card, cards_named, given_card
 from dgemma_build.plan.floor import step_work
-from dgemma_build.plan.kv import PAGE_TOKENS, PREFILL_CHUNK, KvSizes
-from dgemma_build.plan.options import ELEMENT_BYTES, KV_PRECISIONS, PlanOptions
+from dgemma_build.plan.host import PREFILL_CHUNK
+from dgemma_build.plan.kv import PAGE_TOKENS, KvSizes
+from dgemma_build.plan.options import KV_PRECISIONS, PlanOptions
 from dgemma_build.plan.planner import CardPlan, Model, context_lengths, make_plan, memory_needed, sequences_that_fit
 from dgemma_build.plan.released import model_config
 from dgemma_build.plan.scratch import scratch_bytes
@@ -34,8 +35,7 @@ from dgemma_build.plan.weights import (
 )
 from dgemma_runtime.contract import Manifest
 from dgemma_runtime.errors import CheckpointError, ConfigurationError
-from dgemma_runtime.pages import PageRules
-from dgemma_runtime.settings import RuntimeSettings, page_bytes
+from dgemma_runtime.settings import RuntimeSettings, page_bytes, plan_limits
 
 LONGEST = 262_144  # tokens
 
@@ -146,7 +146,7 @@ def test_recipes_leave_embedding_router_and_norms_alone(released: Model) -> None
 
 
 def test_released_keys_and_values_are_as_published() -> None:
-    kv = KvSizes.of(model_config(None)[1].spec, 2)
+    kv = KvSizes.of(model_config(None)[1].spec, "bf16")
     assert kv.full_token_bytes == 20_480
     assert kv.sliding_token_bytes == 204_800
     assert kv.seen_bytes(LONGEST) == 20_480 * LONGEST + 204_800 * 1023  # 5.4 GB and 0.21 GB
@@ -155,16 +155,25 @@ def test_released_keys_and_values_are_as_published() -> None:
 
 @pytest.mark.parametrize("precision", KV_PRECISIONS)
 @pytest.mark.parametrize("context", [130, 1024, 4000, 4096])
-def test_a_sequence_reserves_what_the_runtime_reserves(odd_engine: Path, precision: str, context: int) -> None:
-    """The same pages, of the same bytes, as the running server's scheduler would take."""
-    manifest = replace(Manifest.load(odd_engine), kv_dtype=precision)
-    settings = RuntimeSettings()
+@pytest.mark.parametrize("longest", [0, 256])
+def test_a_sequence_reserves_what_the_runtime_reserves(
+    odd_engine: Path, precision: str, context: int, longest: int
+) -> None:
+    """The same pages, of the same bytes, as the running server takes for one; an engine may limit its chunks."""
+    manifest = Manifest.load(odd_engine)
+    manifest = replace(manifest, kv_dtype=precision, max_encode_tokens=longest)
+    settings = RuntimeSettings(max_model_len=context, max_batch_size=1)
     assert (settings.page_size, settings.prefill_chunk) == (PAGE_TOKENS, PREFILL_CHUNK)
-    pages = page_bytes(manifest, settings.page_size)
-    chunk = max(min(settings.prefill_chunk, context), manifest.model.canvas_length)
-    need = PageRules(settings.page_size, manifest.model.sliding_window, chunk).need(context)
-    kv = KvSizes.of(manifest.model, ELEMENT_BYTES[PlanOptions(kv_precision=precision).kv])
-    assert kv.reserved_bytes(context) == need.full * pages.full + need.sliding * pages.sliding
+    limits, pages = plan_limits(manifest, settings), page_bytes(manifest, settings.page_size)
+    kv = KvSizes.of(manifest.model, precision)
+    reserved = limits.full_pages * pages.full + limits.sliding_pages * pages.sliding
+    assert kv.reserved_bytes(context, longest or PREFILL_CHUNK) == reserved
+
+
+def test_fp8_halves_all_but_the_keys_of_full_layers(released: Model) -> None:
+    wide, narrow = (KvSizes.of(released.config.spec, kv) for kv in ("bf16", "fp8"))
+    assert narrow.sliding_token_bytes * 2 == wide.sliding_token_bytes
+    assert narrow.full_token_bytes * 4 == wide.full_token_bytes * 3
 
 
 # ---------------------------------------------------------------- time
@@ -210,7 +219,7 @@ def test_experts_that_no_token_reaches_are_not_read() -> None:
     model = Model(name, few)
     parts = bytes_by_part(model.weights(options), options)
     read = step_work(few, model.weights(options), options, 1, 0).read_bytes
-    kv = KvSizes.of(few.spec, 2).canvas_bytes()
+    kv = KvSizes.of(few.spec, "bf16").canvas_bytes()
     assert read - kv == pytest.approx(sum(parts.values()) - parts[EXPERTS] * 15 / 16, rel=1e-9)
 
 
@@ -218,11 +227,15 @@ def test_experts_that_no_token_reaches_are_not_read() -> None:
 
 
 def test_the_released_model_in_int4_with_8k_of_context_fits_18_gb(released: Model) -> None:
-    plan = only(released, PlanOptions("int4", max_model_len=8192), CARDS["budget-18"])
+    """With keys and values in fp8. In bf16 it lacks under half a GB, and the plan says that this would help."""
+    narrow = PlanOptions("int4", kv_precision="fp8", max_model_len=8192)
+    plan = only(released, narrow, CARDS["budget-18"])
     (item,) = plan.contexts
     assert item.sequences >= 1
-    total = plan.weights_bytes + plan.reserve_bytes + item.scratch.total + item.sequences * item.kv_bytes
-    assert total <= 18 * GIGA
+    assert plan.weights_bytes + plan.reserve_bytes + item.scratch.total + item.runtime.total <= 18 * GIGA
+    (item,) = only(released, replace(narrow, kv_precision=""), CARDS["budget-18"]).contexts
+    assert 0 < item.missing_bytes < 0.5 * GIGA
+    assert "--kv-precision fp8" in item.remedies
 
 
 def test_what_fits_fills_the_memory_and_one_more_does_not_fit(released: Model) -> None:
@@ -258,9 +271,9 @@ def test_bf16_on_a_small_card_says_by_how_much_not_and_what_helps(released: Mode
     [
         (PlanOptions("bf16"), 58, LONGEST),
         (PlanOptions("int4"), 18, LONGEST),
-        (PlanOptions("int4"), 17, 65_536),
+        (PlanOptions("int4"), 20, 65_536),
         (PlanOptions("fp8", max_batch_size=64), 48, 8192),
-        (PlanOptions("fp32"), 20, LONGEST),
+        (PlanOptions("fp32"), 30, LONGEST),
     ],
 )
 def test_every_remedy_alone_makes_a_sequence_fit(
@@ -300,19 +313,20 @@ def test_nothing_helps_where_the_smallest_weights_are_too_large(released: Model)
         assert item.remedies == ("no option here helps; take a GPU with more memory",)
 
 
-def test_scratch_grows_with_what_it_depends_on(released: Model) -> None:
+def test_scratch_is_of_the_widest_stage(released: Model) -> None:
     config, options = released.config, PlanOptions("bf16")
     one, eight = (scratch_bytes(config, options, batch, 8192) for batch in (1, 8))
-    assert one.logits == 256 * 262_144 * (4 + 4 + 2)
-    assert eight.logits == 8 * one.logits
-    assert eight.prefill == one.prefill
+    assert one.logits == 4 * 256 * 262_144 * 4
+    assert eight.total == 8 * one.total
+    assert one.total == one.layer + one.logits
     long = scratch_bytes(config, options, 1, LONGEST)
-    assert 0.5e9 < long.attention < 1.3e9
+    assert long.attention == 3 * 2 * 256 * LONGEST * 2
+    assert long.total == long.layer + long.attention + long.logits // 2
     fused = scratch_bytes(config, PlanOptions("bf16", plugins=True), 1, LONGEST)
     assert fused.logits == 256 * 262_144 * 2
-    assert fused.attention == 8 * 512 * 16 * 512 * 4  # of a prefill chunk, at any length
+    assert fused.attention == long.attention
     assert scratch_bytes(config, PlanOptions("bf16", plugins=True), 8, LONGEST).logits == 2 * fused.logits
-    assert fused.canvases < long.canvases
+    assert fused.experts < long.experts
 
 
 def test_contexts_end_at_the_limit(released: Model) -> None:

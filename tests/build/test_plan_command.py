@@ -58,13 +58,13 @@ def test_tables_show_one_gpu_of_given_numbers() -> None:
 
 
 def test_json_has_what_the_tables_have() -> None:
-    report = plan_json("--gpu", "h100-80", "--gpu", "budget-18", "--precision", "fp8", "--precision", "int4")
+    report = plan_json("--gpu", "h100-80", "--gpu", "rtx4090-24", "--precision", "fp8", "--precision", "int4")
     assert report["model"]["name"] == "DiffusionGemma 26B-A4B"
     assert [(item["gpu"]["name"], item["options"]["precision"]) for item in report["plans"]] == [
         ("h100-80", "fp8"),
         ("h100-80", "int4"),
-        ("budget-18", "fp8"),
-        ("budget-18", "int4"),
+        ("rtx4090-24", "fp8"),
+        ("rtx4090-24", "int4"),
     ]
     fits, short = report["plans"][0], report["plans"][2]
     assert fits["kv_bytes_per_token"] == {"full": 20_480, "sliding": 204_800}
@@ -76,6 +76,9 @@ def test_json_has_what_the_tables_have() -> None:
     assert counts[-1] >= 1
     for item in fits["contexts"]:
         assert item["step_floor_all_that_fit"]["canvases"] == item["sequences"]
+        for sizes in (item["runtime_bytes"], item["scratch_bytes"]):
+            assert min(sizes.values()) >= 0 < sizes["total"] <= fits["gpu"]["memory_bytes"]
+        assert 0 < item["kv_bytes_per_sequence"] * item["sequences"] < item["runtime_bytes"]["total"]
     first = short["contexts"][0]
     assert not first["fits"]
     assert first["missing_bytes"] > 0
@@ -98,9 +101,9 @@ def test_options_reach_the_plan() -> None:
     usual = plan_json(*bare)["plans"][0]
     small = plan_json(*bare, "--fp8-embedding", "--kv-precision", "fp8", "--plugins", "--reserve-gb", "0")["plans"][0]
     assert small["weights_bytes_by_part"]["embedding"] < usual["weights_bytes_by_part"]["embedding"]
-    assert small["kv_bytes_per_token"]["full"] * 2 == usual["kv_bytes_per_token"]["full"]
+    assert small["kv_bytes_per_token"]["sliding"] * 2 == usual["kv_bytes_per_token"]["sliding"]
     assert small["reserve_bytes"] == 0
-    scratch = [item["contexts"][0]["scratch_bytes"]["canvases"] for item in (small, usual)]
+    scratch = [item["contexts"][0]["scratch_bytes"]["experts"] for item in (small, usual)]
     assert scratch[0] < scratch[1]
     assert small["contexts"][0]["sequences"] > usual["contexts"][0]["sequences"]
     coarse = plan_json(*bare, "--int4-group-size", "64", "--max-batch-size", "1")["plans"][0]

@@ -45,7 +45,7 @@ MaxBatchSize = Annotated[int | None, typer.Option(help="Canvases in one step.", 
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens, prompt and output together.", show_default="the model's")
 ]
-Plugins = Annotated[bool, typer.Option("--plugins", help="With fused kernels: no attention scores, no fp32 logits.")]
+Plugins = Annotated[bool, typer.Option("--plugins", help="With experts and head as fused kernels: no fp32 logits.")]
 ReserveGb = Annotated[float, typer.Option(help="Memory that CUDA and the library take for themselves.")]
 Cpu = Annotated[
     bool,

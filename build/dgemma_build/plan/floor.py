@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dgemma_build.checkpoint import TextConfig
 from dgemma_build.plan.cards import Card
 from dgemma_build.plan.kv import KvSizes
-from dgemma_build.plan.options import ELEMENT_BYTES, PlanOptions
+from dgemma_build.plan.options import PlanOptions
 from dgemma_build.plan.weights import EMBEDDING, EXPERTS, PlannedWeight
 from dgemma_runtime.contract import FULL
 
@@ -61,7 +61,7 @@ def step_work(
     tokens = batch * config.spec.canvas_length
     share = config.top_k_experts / config.num_experts
     reached = 1 - (1 - share) ** tokens
-    kv = KvSizes.of(config.spec, ELEMENT_BYTES[options.kv])
+    kv = KvSizes.of(config.spec, options.kv)
     read = float(batch * (kv.seen_bytes(context) + kv.canvas_bytes()))
     flops: dict[str, float] = {}
     for weight in weights:

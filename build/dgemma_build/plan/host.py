@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from dgemma_build.backends import backend_for
 from dgemma_build.checkpoint import TextConfig
-from dgemma_build.plan.kv import PREFILL_CHUNK, KvSizes
+from dgemma_build.plan.kv import KvSizes
 from dgemma_build.plan.weights import built_bytes
 
 PROCESS_BYTES = 75_000_000  # Python, numpy, onnxruntime with its session, measured with onnxruntime 1.31 on Linux
+PREFILL_CHUNK = 512  # tokens: the runtime's default, `RuntimeSettings.prefill_chunk`
 PREFILL_ROWS = 2  # chunks in one encode call: the runtime's default budget of 1,024 tokens
 _SCORE_COPIES, _MASK_COPIES, _LOGIT_COPIES = 1.8, 2, 4
 _FLOAT = 4  # bytes; the engine computes in fp32 whatever its weights are
@@ -46,7 +47,7 @@ def host_memory(config: TextConfig, precision: str, batch: int, context: int) ->
     """
     spec = config.spec
     lowering = backend_for("onnxruntime", precision).lowering()
-    kv = KvSizes.of(spec, _FLOAT)
+    kv = KvSizes.of(spec, "fp32")
     slots, canvas = cache_slots(context), spec.canvas_length
     chunk, rows = min(PREFILL_CHUNK, context), min(batch, PREFILL_ROWS)
     prefill = _buffers(kv, rows, chunk, slots)
@@ -57,7 +58,7 @@ def host_memory(config: TextConfig, precision: str, batch: int, context: int) ->
         process=PROCESS_BYTES,
         weights=built_bytes(config, lowering),
         packed_embedding=2 * spec.vocab_size * spec.hidden_size * _FLOAT,
-        kv_pools=batch * kv.reserved_bytes(context),
+        kv_pools=batch * kv.reserved_bytes(context, PREFILL_CHUNK),
         workspaces=_buffers(kv, batch, canvas, slots) + max(prefill, commit),
         activations=max(encode, head),
     )

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dgemma_runtime.contract import FULL, ModelSpec
+from dgemma_build.plan.options import ELEMENT_BYTES
+from dgemma_runtime.contract import FULL, ModelSpec, cache_dtypes
 
-PAGE_TOKENS = 64  # the runtime's defaults, `RuntimeSettings.page_size` and `prefill_chunk`
-PREFILL_CHUNK = 512  # tokens
+PAGE_TOKENS = 64  # the runtime's default, `RuntimeSettings.page_size`
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,22 @@ class KvSizes:
     canvas_length: int  # tokens
 
     @staticmethod
-    def of(spec: ModelSpec, element_bytes: int) -> KvSizes:
+    def of(spec: ModelSpec, kv_dtype: str) -> KvSizes:
+        """`kv_dtype` as in a manifest."""
         width = {True: 0, False: 0}
         for layer in spec.layers:
-            width[layer.kind == FULL] += 2 * layer.num_key_value_heads * layer.head_dim * element_bytes
+            element_bytes = sum(ELEMENT_BYTES[dtype] for dtype in cache_dtypes(kv_dtype, layer))
+            width[layer.kind == FULL] += layer.num_key_value_heads * layer.head_dim * element_bytes
         return KvSizes(width[True], width[False], spec.sliding_window, spec.canvas_length)
 
     def seen_bytes(self, context: int) -> int:
         """What one denoising step reads for a context of that many tokens."""
         return self.full_token_bytes * context + self.sliding_token_bytes * min(context, self.window - 1)
 
-    def reserved_bytes(self, context: int) -> int:
-        """The pages that a sequence of up to `context` tokens reserves."""
+    def reserved_bytes(self, context: int, chunk: int) -> int:
+        """The pages that a sequence of up to `context` tokens reserves, encoded by up to `chunk` at once."""
         full = -(-context // PAGE_TOKENS)
-        chunk = max(min(PREFILL_CHUNK, context), self.canvas_length)
-        span = self.window - 1 + chunk
+        span = self.window - 1 + max(min(chunk, context), self.canvas_length)
         sliding = min(full, (span + PAGE_TOKENS - 2) // PAGE_TOKENS + 1)
         return PAGE_TOKENS * (full * self.full_token_bytes + sliding * self.sliding_token_bytes)
 

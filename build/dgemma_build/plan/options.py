@@ -25,7 +25,7 @@ class PlanOptions:
     fp8_embedding: bool = False  # with fp8 and int4: the embedding, which is the head too, in E4M3 as well
     max_batch_size: int | None = None  # canvases in a step; None: as many as fit
     max_model_len: int | None = None  # tokens; None: the model's own limit
-    plugins: bool = False  # grouped experts, attention without scores, head without fp32 logits
+    plugins: bool = False  # grouped experts, head without fp32 logits
     reserve_gb: float = DEFAULT_RESERVE_GB
 
     def __post_init__(self) -> None:

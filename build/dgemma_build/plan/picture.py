@@ -102,7 +102,7 @@ def _segments(plan: CardPlan) -> dict[str, float]:
         "embedding and the rest": plan.weights_bytes - parts[EXPERTS] - layers,
         "CUDA and library": plan.reserve_bytes,
         "scratch": item.scratch.total,
-        "keys and values": max(1, item.sequences) * item.kv_bytes,
+        "keys and values": item.runtime.total,
     }
     return {label: size / 1e9 for label, size in sizes.items()}
 

@@ -10,7 +10,8 @@ from dgemma_build.checkpoint import TextConfig
 from dgemma_build.plan.cards import GIGA, Card
 from dgemma_build.plan.floor import StepFloor, step_work
 from dgemma_build.plan.kv import KvSizes
-from dgemma_build.plan.options import ELEMENT_BYTES, PRECISIONS, WEIGHT_BITS, PlanOptions
+from dgemma_build.plan.options import PRECISIONS, WEIGHT_BITS, PlanOptions
+from dgemma_build.plan.runtime_memory import RuntimeMemory, runtime_memory
 from dgemma_build.plan.scratch import Scratch, scratch_bytes
 from dgemma_build.plan.weights import PlannedWeight, bytes_by_part, planned_weights
 from dgemma_runtime.errors import ConfigurationError
@@ -26,8 +27,9 @@ class ContextPlan:
 
     context: int  # tokens, prompt and output together
     sequences: int  # that fit at once; 0: none
-    kv_bytes: int  # of one sequence
-    scratch: Scratch  # for as many canvases as fit, or one
+    kv_bytes: int  # of one sequence, in pages and laid out
+    runtime: RuntimeMemory  # of as many sequences as fit, or one
+    scratch: Scratch  # for as many canvases, or for `max_batch_size`
     missing_bytes: int  # for one sequence; 0 where it fits
     remedies: tuple[str, ...]  # each of which alone makes it fit
     step_one: StepFloor  # one canvas
@@ -70,7 +72,15 @@ class Model:
         return sum(weight.values for weight in self.weights(PlanOptions()))
 
     def kv(self, options: PlanOptions) -> KvSizes:
-        return KvSizes.of(self.config.spec, ELEMENT_BYTES[options.kv])
+        return KvSizes.of(self.config.spec, options.kv)
+
+    def runtime(self, options: PlanOptions, sequences: int, context: int) -> RuntimeMemory:
+        return runtime_memory(self.config.spec, options, sequences, context)
+
+    def sequence_bytes(self, options: PlanOptions, context: int) -> int:
+        """Keys and values of one sequence of `context` tokens, in pages and laid out for its canvas."""
+        one = self.runtime(options, 1, context)
+        return one.pages + one.rows
 
 
 def context_lengths(model: Model, max_model_len: int | None) -> tuple[int, ...]:
@@ -108,7 +118,8 @@ def _context_plan(model: Model, options: PlanOptions, card: Card, context: int) 
     return ContextPlan(
         context=context,
         sequences=count,
-        kv_bytes=model.kv(options).reserved_bytes(context),
+        kv_bytes=model.sequence_bytes(options, context),
+        runtime=model.runtime(options, max(count, 1), context),
         scratch=scratch_bytes(model.config, options, batch, context),
         missing_bytes=max(0, memory_needed(model, options, 1, context) - card.memory_bytes),
         remedies=() if count else tuple(_remedies(model, options, card, context)),
@@ -125,7 +136,7 @@ def memory_needed(model: Model, options: PlanOptions, sequences: int, context: i
     """Bytes on the GPU for that many sequences; the scratch is for `max_batch_size` canvases, or for them all."""
     weights = sum(bytes_by_part(model.weights(options), options).values())
     scratch = scratch_bytes(model.config, options, options.max_batch_size or sequences, context).total
-    return weights + _reserve(options) + scratch + sequences * model.kv(options).reserved_bytes(context)
+    return weights + _reserve(options) + scratch + model.runtime(options, sequences, context).total
 
 
 def sequences_that_fit(model: Model, options: PlanOptions, memory_bytes: int, context: int) -> int:

@@ -18,7 +18,7 @@ from dgemma_build.plan.options import PlanOptions
 from dgemma_build.plan.planner import CardPlan, ContextPlan, Model, context_lengths
 from dgemma_build.plan.weights import PARTS
 
-JSON_VERSION = 1
+JSON_VERSION = 2
 PART_TITLES = dict(
     zip(PARTS, ("experts", "attention", "dense MLP", "embedding, head", "self-cond.", "router, norms"), strict=True)
 )
@@ -94,14 +94,14 @@ def _weights_table(plans: Sequence[CardPlan]) -> Table:
 
 def _kv_table(model: Model, recipes: Sequence[PlanOptions]) -> Table:
     lengths = context_lengths(model, recipes[0].max_model_len)
-    table = _table("\nKeys and values of a sequence")
+    table = _table("\nKeys and values of a sequence: by token, and all of them in pages and once more in order")
     for name in ("precision", "full, B/token", "sliding, B/token", "tokens kept"):
         table.add_column(name, justify="left" if name == "precision" else "right")
     for length in lengths:
         table.add_column(f"{tokens(length)}, GB", justify="right")
     for precision, options in {options.kv: options for options in recipes}.items():
         kv = model.kv(options)
-        sizes = [gigabytes(kv.reserved_bytes(length)) for length in lengths]
+        sizes = [gigabytes(model.sequence_bytes(options, length)) for length in lengths]
         table.add_row(
             precision, f"{kv.full_token_bytes:,}", f"{kv.sliding_token_bytes:,}", f"{kv.window - 1:,}", *sizes
         )
@@ -227,6 +227,7 @@ def _context_json(item: ContextPlan) -> dict[str, Any]:
         "fits": item.sequences > 0,
         "sequences": item.sequences,
         "kv_bytes_per_sequence": item.kv_bytes,
+        "runtime_bytes": asdict(item.runtime) | {"total": item.runtime.total},
         "scratch_bytes": asdict(item.scratch) | {"total": item.scratch.total},
         "missing_bytes": item.missing_bytes,
         "remedies": list(item.remedies),
