@@ -21,12 +21,19 @@ _CHUNK, _AT_ONCE = 512, 2  # of prefill: tokens and sequences, as the runtime's 
 
 def main(directory: Path, context: int, batch: int) -> None:
     """Serve and tell."""
-    engine = open_engine(directory, RuntimeSettings(max_model_len=context, max_batch_size=batch, threads=2))
-    canvas = engine.manifest.model.canvas_length
-    tables = _tables(engine, batch)
+    serve_whole(
+        open_engine(directory, RuntimeSettings(max_model_len=context, max_batch_size=batch, threads=2)), context
+    )
+    print(peak_memory_bytes())
+
+
+def serve_whole(engine: Engine, context: int) -> None:
+    """As many sequences of `context` tokens as the engine has slots for."""
+    batch, canvas = engine.limits.max_batch_size, engine.manifest.model.canvas_length
+    tables, chunk = _tables(engine, batch), min(_CHUNK, engine.limits.max_encode_tokens)
     position, ids = 0, np.arange(_CHUNK, dtype=np.int32)
     while position < context - canvas:
-        length = min(_CHUNK, context - canvas - position)
+        length = min(chunk, context - canvas - position)
         for first in range(0, batch, _AT_ONCE):
             chosen = tables[first : first + _AT_ONCE]
             engine.encode([EncodeRow(ids[:length], position, table) for table in chosen])
@@ -39,7 +46,6 @@ def main(directory: Path, context: int, batch: int) -> None:
         ]
         engine.denoise(rows)
     engine.encode([EncodeRow(ids[:canvas], position, table) for table in tables])
-    print(peak_memory_bytes())
 
 
 def _tables(engine: Engine, batch: int) -> list[SequencePages]:
