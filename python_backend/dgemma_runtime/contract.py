@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,8 +90,9 @@ class Manifest:
             raise ManifestError(f"{path}: format_version is {found!r}, this runtime reads {FORMAT_VERSION}; {rebuild}")
         try:
             model = dict(raw.pop("model"))
-            layers = tuple(LayerSpec(**layer) for layer in model.pop("layers"))
-            manifest = Manifest(model=ModelSpec(layers=layers, **model), **raw)
+            layers = tuple(LayerSpec(**_checked(LayerSpec, layer)) for layer in model.pop("layers"))
+            spec = ModelSpec(layers=layers, **_checked(ModelSpec, model))
+            manifest = Manifest(model=spec, **_checked(Manifest, raw))
         except (KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"{path}: not a manifest ({error}); {rebuild}") from None
         root = directory.resolve()
@@ -106,6 +107,20 @@ class Manifest:
                     f"{directory / name}: SHA-256 is {digest[:12]}…, the manifest says {expected[:12]}…; {rebuild}"
                 )
         return manifest
+
+
+_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "dict[str, str]": dict, "dict[str, Any]": dict}
+
+
+def _checked(record: type[LayerSpec | ModelSpec | Manifest], values: dict[str, Any]) -> dict[str, Any]:
+    """The values, each of its field's type; raises TypeError naming the one that is not."""
+    for item in fields(record):
+        expected, value = _JSON_TYPES.get(str(item.type)), values.get(item.name)
+        if item.name in values and expected and type(value) is not expected:
+            raise TypeError(f"{item.name} is {value!r}, expected {item.type}")
+        if item.type == "dict[str, str]" and value and not all(isinstance(entry, str) for entry in value.values()):
+            raise TypeError(f"{item.name} is {value!r}, expected {item.type}")
+    return values
 
 
 def sliding_slots(spec: ModelSpec) -> int:

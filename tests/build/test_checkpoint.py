@@ -31,6 +31,11 @@ def change_tensors(directory: Path, change: Callable[[Tensors], object]) -> None
     save_file(tensors, directory / "model.safetensors")
 
 
+def full_rope(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config["text_config"]["rope_parameters"]["full_attention"]
+    return found
+
+
 def read_everything(directory: Path) -> None:
     checkpoint = Checkpoint(directory)
     for name in checkpoint.names():
@@ -194,6 +199,24 @@ def test_damaged_tensors_are_named(
         ),
         (lambda c: c["text_config"]["rope_parameters"]["full_attention"].update(rope_type="yarn"), ("rope", "yarn")),
         (lambda c: c["text_config"].update(hidden_size=64), ("config.json asks for",)),
+        (lambda c: c.update(canvas_length="many"), ("canvas_length is 'many'", "whole number above 0")),
+        (lambda c: c.update(canvas_length=0), ("canvas_length is 0",)),
+        (lambda c: c["text_config"].update(top_k_experts=99), ("top_k_experts is 99", "at most num_experts", "5")),
+        (lambda c: c["text_config"].update(num_attention_heads=3), ("num_attention_heads is 3", "multiple of the 2")),
+        (lambda c: c["text_config"].update(head_dim=11), ("head_dim is 11", "even number")),
+        (lambda c: c["text_config"].update(rms_norm_eps="x"), ("rms_norm_eps is 'x'", "a number above 0")),
+        (lambda c: c["text_config"].update(rms_norm_eps=float("nan")), ("rms_norm_eps is nan",)),
+        (lambda c: c["text_config"].update(final_logit_softcapping=None), ("final_logit_softcapping is missing",)),
+        (lambda c: c["text_config"].update(final_logit_softcapping=0), ("final_logit_softcapping is 0",)),
+        (lambda c: c["text_config"].update(layer_types=["mamba"] * 4), ("layer_types[0] is 'mamba'",)),
+        (lambda c: c["text_config"].update(per_layer_config=[1]), ("per_layer_config is [1]", "a dict")),
+        (lambda c: c["text_config"].update(per_layer_config={"0": 5}), ("per_layer_config.0 is 5", "a dict")),
+        (lambda c: c["text_config"].update(per_layer_config={"0": {"head_dim": 12}}), ("head_dim is [10, 12]",)),
+        (lambda c: full_rope(c).pop("rope_theta"), ("rope_parameters.full_attention.rope_theta is missing",)),
+        (lambda c: full_rope(c).update(rope_theta="x"), ("full_attention.rope_theta is 'x'",)),
+        (lambda c: full_rope(c).update(factor=0), ("full_attention.factor is 0",)),
+        (lambda c: full_rope(c).update(partial_rotary_factor=3.0), ("partial_rotary_factor is 3.0", "at most 1")),
+        (lambda c: full_rope(c).update(rope_type="default"), ("partial_rotary_factor is 0.25", "'proportional'")),
     ],
 )
 def test_foreign_configs_are_named(

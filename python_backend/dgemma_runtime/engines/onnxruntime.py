@@ -7,6 +7,7 @@ canvas's own keys and values behind the context, in place. Rows of one workspace
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from dgemma_runtime.contract import (
 from dgemma_runtime.errors import EngineError, ManifestError
 
 MODEL_FILE = "model.onnx"
+_PRECISIONS = ("fp32", "int8", "int4")
+_REBUILD = "build the engine again with `dgemma-build engine`"
 _SMALLEST_WORKSPACE = 128  # cache slots
 _KEPT_WORKSPACE = 4096  # cache slots; larger workspaces are given back when their last canvas leaves
 
@@ -113,6 +116,27 @@ class _Pool:
     values: npt.NDArray[np.float32]
 
 
+def check_manifest(directory: Path, manifest: Manifest) -> None:
+    """Raises ManifestError for what this engine does not run."""
+    found = {"backend": manifest.backend, "target": manifest.target}
+    found |= {"precision": manifest.precision, "kv_dtype": manifest.kv_dtype}
+    for (field, value), known in zip(found.items(), (("onnxruntime",), ("cpu",), _PRECISIONS, ("fp32",)), strict=True):
+        if value not in known:
+            raise ManifestError(
+                f"{directory}: the manifest's {field} is {value!r}, this engine runs {', '.join(known)}; {_REBUILD}"
+            )
+    if _release(manifest.backend_version) > _release(ort.__version__):  # newer libraries run what older ones wrote
+        raise ManifestError(
+            f"{directory}: the engine was built with onnxruntime {manifest.backend_version}, installed is "
+            f"{ort.__version__}, older; run `pip install onnxruntime=={manifest.backend_version}`, or {_REBUILD}"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 class OnnxRuntimeEngine:
     """Engine over `model.onnx` of an engine directory; see `dgemma_runtime.contract.Engine`.
 
@@ -121,8 +145,7 @@ class OnnxRuntimeEngine:
 
     def __init__(self, directory: Path, limits: EngineLimits, threads: int = 0) -> None:
         self.manifest = Manifest.load(directory)
-        if self.manifest.backend != "onnxruntime":
-            raise ManifestError(f"{directory}: built for {self.manifest.backend}, this engine runs onnxruntime")
+        check_manifest(directory, self.manifest)
         self.limits = limits
         self.spec = self.manifest.model
         options = ort.SessionOptions()
