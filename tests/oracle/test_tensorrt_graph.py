@@ -55,16 +55,15 @@ def test_in_float32_every_step_agrees_with_the_oracle(
     assert report.steps > 40
 
 
-# Nine tokens in ten are at most so far off after one layer. What was measured is about two thirds of it.
-BARS = {"bf16": 2e-2, "fp8": 0.12, "int4": 0.35}
+BARS = {"bf16": 2e-2, "fp8": 0.1, "int4": 0.25}
 
 
 @pytest.mark.parametrize("precision", BARS)
 @pytest.mark.parametrize("name", NAMES)
 def test_each_layer_stays_near_float32(name: str, precision: str, built: Callable[[str, str, str], Path]) -> None:
     errors = layer_errors(built(name, "fp32", "fp32"), built(name, precision, "bf16"), threads=1)
-    assert max(error.typical for error in errors) < BARS[precision]
-    assert min(error.typical for error in errors) > BARS[precision] / 20, "nothing was rounded"
+    assert max(error.median for error in errors) < BARS[precision]
+    assert min(error.median for error in errors) > BARS[precision] / 20, "nothing was rounded"
 
 
 def test_layer_errors_are_nothing_where_nothing_differs(built: Callable[[str, str, str], Path]) -> None:

@@ -11,7 +11,7 @@ from dgemma_build.layer_errors import layer_errors
 from dgemma_build.quality import Skills, compare_distributions, measure_skills
 
 POINTS = 2.0  # of 100
-LAYER_BARS = {"bf16": 2e-2, "fp8": 0.12, "int4": 0.35}  # of tiny layers; those of the released size do better
+LAYER_BARS = {"bf16": 2e-2, "fp8": 0.1, "int4": 0.25}
 
 
 @cache
@@ -48,16 +48,15 @@ def layers(name: str) -> Row:
         errors = {
             precision: layer_errors(reference, setting.emulated(name, precision), threads=2) for precision in LAYER_BARS
         }
-        worst = {precision: max(error.typical for error in found) for precision, found in errors.items()}
-        figure = ", ".join(f"{precision} {error:.1e}" for precision, error in worst.items())
-        passed = all(error <= LAYER_BARS[precision] for precision, error in worst.items())
-        return Result(
-            figure, passed, {precision: [asdict(one) for one in found] for precision, found in errors.items()}
-        )
+        worst = {precision: max(found, key=lambda error: error.median) for precision, found in errors.items()}
+        figure = ", ".join(f"{precision} {one.median:.1e} ({one.tenth:.1e})" for precision, one in worst.items())
+        passed = all(one.median <= LAYER_BARS[precision] for precision, one in worst.items())
+        details = {precision: [asdict(one) for one in found] for precision, found in errors.items()}
+        return Result(figure, passed, details)
 
     bar = ", ".join(f"{precision} {bar:g}" for precision, bar in LAYER_BARS.items())
     return Row(
-        f"relative error of a layer by itself, {name}: worst layer, nine tokens in ten", bar, measure, name != "real"
+        f"relative error of a layer by itself, {name}: median token (one in ten exceeds)", bar, measure, name != "real"
     )
 
 
