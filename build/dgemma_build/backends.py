@@ -81,7 +81,7 @@ class OnnxRuntimeBackend:
 
 GROUP_SIZE = 32  # inputs to a scale
 _WEIGHTS = {"fp32": None, "int8": GroupFormat(8, GROUP_SIZE), "int4": GroupFormat(4, GROUP_SIZE)}
-_TENSORRT = ("bf16", "fp8", "int4")
+_TENSORRT = ("bf16", "fp8", "int4", "fp32")
 PRECISIONS = {"onnxruntime": tuple(_WEIGHTS), "tensorrt": _TENSORRT, "tensorrt_rtx": _TENSORRT}
 PRECISIONS["tensorrt_llm"] = ("bf16",)
 KV_PRECISIONS = {"onnxruntime": ("fp32",)} | dict.fromkeys(
@@ -100,9 +100,10 @@ def backend_for(name: str, precision: str, kv_precision: str = "", plugins: bool
     if precision not in PRECISIONS[name]:
         choices = ", ".join(PRECISIONS[name])
         raise ConfigurationError(f"--precision {precision}: {name} is built in {choices}")
-    kv_choices = KV_PRECISIONS[name]
+    kv_choices = ("fp32",) if precision == "fp32" else KV_PRECISIONS[name]
     if kv_precision and kv_precision not in kv_choices:
-        raise ConfigurationError(f"--kv-precision {kv_precision}: {name} is built with {' or '.join(kv_choices)}")
+        choices = " or ".join(kv_choices)
+        raise ConfigurationError(f"--kv-precision {kv_precision}: {name} in {precision} is built with {choices}")
     if plugins and name != "tensorrt":
         raise ConfigurationError(f"--plugins: {name} takes none; choose --backend tensorrt")
     if name == "onnxruntime":

@@ -42,7 +42,7 @@ def engine(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of the large matrices: fp32, int8 or int4 (onnxruntime); bf16, fp8 or int4 (tensorrt, tensorrt_rtx).",
+            help="Of the large matrices: fp32, int8, int4 (onnxruntime); bf16, fp8, int4, fp32 (tensorrt and _rtx).",
             show_default="the backend's first",
         ),
     ] = None,

@@ -154,6 +154,7 @@ class TensorRtBackend:
         if not parser.parse_from_file(str(directory / "model.onnx")):
             errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
             raise ConfigurationError(f"{self.library} {self.version} does not take the graph: {errors}")
+        _allow_decomposing(trt, network)
         settings = builder.create_builder_config()
         settings.progress_monitor = _monitor(trt, progress, f"building with {self.library}")
         if self.library == "tensorrt_rtx":
@@ -184,6 +185,17 @@ class TensorRtBackend:
         except ImportError as error:
             raise ConfigurationError(f"--plugins: {error}; install the extra `kernels` and torch") from None
         register(trt, importlib.import_module("tensorrt.plugin"))
+
+
+def _allow_decomposing(trt: Any, network: Any) -> None:
+    """Attention of shapes and types without a fused kernel is then written out instead of refused."""
+    if not hasattr(trt, "IAttentionInputLayer"):  # before 10.15 or so, where the parser writes it out
+        return
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
 
 
 def _described(builder: Any, network: Any, profile: Profile) -> Any:

@@ -20,7 +20,7 @@ from dgemma_runtime.errors import ConfigurationError
 DEMO = Path(__file__).parents[2] / "build" / "checkpoints" / "demo"
 
 
-@pytest.mark.parametrize(("precision", "kv"), [("bf16", "bf16"), ("fp8", "fp8"), ("int4", "bf16")])
+@pytest.mark.parametrize(("precision", "kv"), [("bf16", "bf16"), ("fp8", "fp8"), ("int4", "bf16"), ("fp32", "fp32")])
 def test_the_demo_checkpoint_builds_with_its_whole_context(tmp_path: Path, precision: str, kv: str) -> None:
     request = BuildRequest(DEMO, tmp_path / "engine", "tensorrt_rtx", precision, kv, max_batch_size=1)
     build_engine(request)
@@ -45,9 +45,10 @@ def test_a_graph_that_the_library_refuses_is_its_own_error(odd_checkpoint: Path,
 @pytest.mark.parametrize(
     ("backend", "precision", "kv", "words"),
     [
-        ("tensorrt_rtx", "fp32", "", "--precision fp32: tensorrt_rtx is built in bf16, fp8, int4"),
-        ("tensorrt_rtx", "bf16", "int8", "--kv-precision int8: tensorrt_rtx is built with bf16 or fp8"),
-        ("onnxruntime", "fp32", "fp8", "--kv-precision fp8: onnxruntime is built with fp32"),
+        ("tensorrt_rtx", "int8", "", "--precision int8: tensorrt_rtx is built in bf16, fp8, int4, fp32"),
+        ("tensorrt_rtx", "fp32", "bf16", "--kv-precision bf16: tensorrt_rtx in fp32 is built with fp32"),
+        ("tensorrt_rtx", "bf16", "int8", "--kv-precision int8: tensorrt_rtx in bf16 is built with bf16 or fp8"),
+        ("onnxruntime", "fp32", "fp8", "--kv-precision fp8: onnxruntime in fp32 is built with fp32"),
         ("tensorrt", "bf16", "", "--backend tensorrt: No module named 'tensorrt'; install tensorrt from NVIDIA's own"),
         ("coreml", "bf16", "", "--backend coreml: not available; choose one of onnxruntime, tensorrt, tensorrt_rtx"),
     ],
