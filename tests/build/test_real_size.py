@@ -1,4 +1,4 @@
-"""Two layers of the released dimensions, one sliding and one full, are written, opened and read within bounds."""
+"""Two layers of the released dimensions, a sliding and a full one: written, opened, read and built within bounds."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dgemma_build.checkpoint import Checkpoint, expected_shapes
+from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.random_checkpoint import config_dict, write_checkpoint
 from dgemma_build.random_shapes import SHAPES, resized, weights
 from dgemma_runtime.errors import CheckpointError, ConfigurationError
@@ -22,6 +23,10 @@ from dgemma_runtime.errors import CheckpointError, ConfigurationError
 VOCABULARY = 1024  # the released 262,144 tokens would take as long as another layer
 SHARD_BYTES = 2_000_000_000
 MIB = 1 << 20
+CONTEXT = 262_144  # tokens
+SCRATCH = 1e9  # bytes, with one canvas behind the whole context
+# Values in E4M3 are turned for their product: a copy of one byte an element.
+SCRATCH_FP8_CACHE = SCRATCH + CONTEXT * 2 * 512
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,24 @@ def test_values_are_normal(real: tuple[Path, int]) -> None:
     values = np.sort(Checkpoint(real[0]).float32("layers.0.mlp.up_proj.weight").ravel()) * 2816**0.5
     for deviations, below in ((-3, 0.00135), (-2, 0.02275), (-1, 0.15866), (0, 0.5), (1, 0.84134), (3, 0.99865)):
         assert abs(np.searchsorted(values, deviations) / values.size - below) < 0.002
+
+
+# ---------------------------------------------------------------- built for a GPU, on none
+
+
+@pytest.mark.parametrize(
+    ("precision", "kv", "ceiling"),
+    [("bf16", "bf16", SCRATCH), ("fp8", "fp8", SCRATCH_FP8_CACHE), ("int4", "bf16", SCRATCH)],
+)
+def test_it_builds_with_the_whole_context_in_a_gigabyte_of_scratch(
+    real: tuple[Path, int], tmp_path: Path, precision: str, kv: str, ceiling: float
+) -> None:
+    request = BuildRequest(real[0], tmp_path / "engine", "tensorrt_rtx", precision, kv, max_batch_size=1)
+    manifest = build_engine(request)
+    assert (manifest.max_model_len, manifest.precision, manifest.kv_dtype) == (CONTEXT, precision, kv)
+    assert 0.25e9 < manifest.scratch_bytes < ceiling
+    weights = 1.65e9 * {"bf16": 2, "fp8": 1, "int4": 4.5 / 8}[precision]
+    assert weights < (tmp_path / "engine/rank0.engine").stat().st_size < 1.1 * weights
 
 
 # ---------------------------------------------------------------- the shape, without its bytes
