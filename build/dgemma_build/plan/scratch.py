@@ -9,7 +9,7 @@ Prefill and denoising run one after the other in the same memory, so the larger 
 
 The plugin-free model was held to what the builder of TensorRT for RTX 1.7.1 reports for seventy graphs, each with a few
 dimensions of the released model changed: within 15% where scores, logits or experts take more than some 40 MB. Three
-arrays of the size of the scores are alive at once, four of the logits. Stages use each other's memory, but two of the
+arrays of the size of the scores are alive at once (two in fp32), four of the logits. Stages use each other's memory, but two of the
 logits' arrays find no room among the scores. Int4 weights of the experts' first product are unpacked to a byte each.
 """
 
@@ -24,7 +24,8 @@ from dgemma_build.tensorrt import longest_chunk
 from dgemma_runtime.contract import FULL
 
 HEAD_ROWS = 512  # as the kernel is configured for the released model
-_SCORES, _LOGITS = 3, 4  # arrays alive at once
+_LOGITS = 4  # arrays alive at once
+_SCORES = {"fp32": 2, "bf16": 3}  # of an activations" precision: what is rounded is stored beside what is not
 _GATED_FP8 = 2.5  # of experts: arrays of 2 bytes a value in between; the last is of one byte
 _GATED = 3.0
 
@@ -77,7 +78,7 @@ def _attention(config: TextConfig, options: PlanOptions, batch: int, tokens: int
     sizes = [0]
     for layer in config.spec.layers:
         if layer.kind == FULL:
-            scores = _SCORES * layer.num_key_value_heads * tokens * context * element
+            scores = _SCORES[options.activations] * layer.num_key_value_heads * tokens * context * element
             turned = batch * layer.num_key_value_heads * layer.head_dim * context if options.kv == "fp8" else 0
             sizes.append(scores + turned)
     return max(sizes)
