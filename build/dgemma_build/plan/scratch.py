@@ -7,10 +7,11 @@ Prefill and denoising run one after the other in the same memory, so the larger 
 - plugins, the kernels of `dgemma_build.kernels`: experts on their own tokens only, of the head only probabilities of
   `HEAD_ROWS` positions at a time, in the activations' precision. Attention is the same.
 
-The plugin-free model was held to what the builder of TensorRT for RTX 1.7.1 reports for seventy graphs, each with a few
-dimensions of the released model changed: within 15% where scores, logits or experts take more than some 40 MB. Three
-arrays of the size of the scores are alive at once (two in fp32), four of the logits. Stages use each other's memory, but two of the
-logits' arrays find no room among the scores. Int4 weights of the experts' first product are unpacked to a byte each.
+The plugin-free model was held to what the builder of TensorRT for RTX 1.7.1 reports for dozens of graphs, each with a
+few dimensions of the released model changed: within 15% where scores, logits or experts take more than some 40 MB.
+Three arrays of the size of the scores are alive at once (two in fp32), and four of the logits. Stages use each other's
+memory, but two of the logits' arrays find no room among the scores. Int4 weights of the experts' first product are
+unpacked to a byte each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dgemma_runtime.contract import FULL
 
 HEAD_ROWS = 512  # as the kernel is configured for the released model
 _LOGITS = 4  # arrays alive at once
-_SCORES = {"fp32": 2, "bf16": 3}  # of an activations" precision: what is rounded is stored beside what is not
+_SCORES = {"fp32": 2, "bf16": 3}  # the same, by precision of the activations: casts are stored, too
 _GATED_FP8 = 2.5  # of experts: arrays of 2 bytes a value in between; the last is of one byte
 _GATED = 3.0
 
