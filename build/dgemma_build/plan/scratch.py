@@ -9,9 +9,9 @@ Prefill and denoising run one after the other in the same memory, so the larger 
 
 The plugin-free model was held to what the builder of TensorRT for RTX 1.7.1 reports for dozens of graphs, each with a
 few dimensions of the released model changed: within 15% where scores, logits or experts take more than some 40 MB.
-Three arrays of the size of the scores are alive at once (two in fp32), and four of the logits. Stages use each other's
-memory, but two of the logits' arrays find no room among the scores. Int4 weights of the experts' first product are
-unpacked to a byte each.
+Three arrays of the size of the scores are alive at once (two in fp32), and three of the logits. Stages use each other's
+memory, but one of the logits' arrays finds no room among the scores, and two none among int4 weights of the experts'
+first product, which are unpacked to a byte each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dgemma_build.tensorrt import longest_chunk
 from dgemma_runtime.contract import FULL
 
 HEAD_ROWS = 512  # as the kernel is configured for the released model
-_LOGITS = 4  # arrays alive at once
+_LOGITS = 3  # arrays alive at once
 _SCORES = {"fp32": 2, "bf16": 3}  # the same, by precision of the activations: casts are stored, too
 _GATED_FP8 = 2.5  # of experts: arrays of 2 bytes a value in between; the last is of one byte
 _GATED = 3.0
@@ -44,8 +44,8 @@ class Scratch:
     @property
     def total(self) -> int:
         """Of the widest stage."""
-        head, array = self.logits, self.logits // _LOGITS
-        beside = max(head, 2 * array + self.attention, 3 * array + self.unpacked)
+        array = self.logits // _LOGITS
+        beside = max(self.logits, array + self.attention, 2 * array + self.unpacked)
         return self.layer + max(beside, self.experts + self.unpacked)
 
 
