@@ -59,7 +59,8 @@ def build_engine(request: BuildRequest, progress: Progress | None = None, backen
         if not (request.checkpoint / name).is_file():
             raise CheckpointError(f"{request.checkpoint / name}: not found; the server needs it")
     output = request.output
-    if output.exists() and not (output / MANIFEST_FILE).exists() and any(output.iterdir()):
+    foreign = output.exists() and not (output / MANIFEST_FILE).exists()
+    if foreign and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"--output {output}: exists and is not an engine directory; choose another")
     longest = _max_model_len(request, checkpoint)
     backend = backend or backend_for(request.backend, request.precision, request.kv_precision, request.plugins)
@@ -151,13 +152,13 @@ class _Build:
         self, digest: str, onnx_sha256: str, hashes: dict[str, str], limits: CallLimits, scratch: int
     ) -> Manifest:
         request, directory, config = self.request, self.directory, self.checkpoint.config
-        journal_of(directory / DATA_FILE).unlink()
-        (directory / _RESUME_FILE).unlink()
         for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
             if (request.checkpoint / name).is_file():
                 shutil.copyfile(request.checkpoint / name, directory / name)
         self.progress.stage("hashing the engine")
-        files = {path.name: hashes.get(path.name) or file_sha256(path) for path in sorted(directory.iterdir())}
+        notes = (journal_of(directory / DATA_FILE), directory / _RESUME_FILE)  # of use until all is there
+        kept = sorted(path for path in directory.iterdir() if path not in notes)
+        files = {path.name: hashes.get(path.name) or file_sha256(path) for path in kept}
         manifest = Manifest(
             model=config.spec,
             checkpoint=request.checkpoint.resolve().name,
@@ -176,6 +177,8 @@ class _Build:
             generation_defaults=self.checkpoint.generation_defaults(),
         )
         manifest.save(directory)
+        for path in notes:
+            path.unlink()
         return manifest
 
 

@@ -342,5 +342,7 @@ class _DenoiserGraph:
         w, spec = self.w, self.spec
         canvas = w.op("Gather", hidden, "canvas_rows")
         normed = self.rms_norm(canvas, "norm.weight", spec.hidden_size)
-        head = plugin_lowering.add_head if self.lowering.plugin_head else add_head
-        head(w, normed, self.embedding, self.config, self.lowering.dtype)
+        if self.lowering.plugin_head:
+            plugin_lowering.add_head(w, normed, self.embedding, self.config, self.lowering.dtype)
+        else:
+            add_head(w, normed, self.embedding, self.config, self.lowering.dtype, keep_logits=self.lowering.in_place)

@@ -21,8 +21,14 @@ def group_size(vocab_size: int) -> int:
     return 1 << round(math.log2(vocab_size) / 2)
 
 
-def add_head(w: GraphWriter, normed: str, embedding: str, config: TextConfig, dtype: int) -> None:
-    """Add the head over `normed` [R, L, H] and the outputs it makes; `embedding` is the [V, H] weight's name."""
+def add_head(
+    w: GraphWriter, normed: str, embedding: str, config: TextConfig, dtype: int, keep_logits: bool = True
+) -> None:
+    """Add the head over `normed` [R, L, H] and the outputs it makes; `embedding` is the [V, H] weight's name.
+
+    Without `keep_logits`, argmax and entropy come from the probabilities alone: a logarithm of each, which a CPU feels,
+    for an array of the vocabulary's width less, which a GPU's memory does.
+    """
     vocab, hidden, cap = config.spec.vocab_size, config.spec.hidden_size, config.final_logit_softcapping
     f32 = np.float32
     flat = w.op("Reshape", normed, w.const([-1, hidden]))  # [R * L, H]
@@ -36,16 +42,18 @@ def add_head(w: GraphWriter, normed: str, embedding: str, config: TextConfig, dt
     logits = w.op("Mul", capped, scale)  # tempered, [R * L, V]
     probabilities = w.op("Softmax", logits, axis=-1, to="probabilities")
 
-    # No Reduce operator here: a call without canvas rows has empty arrays, which onnxruntime 1.31 reduces to a wrong
-    # shape. TopK and products with ones do the same.
-    top, argmax = w.ops("TopK", logits, w.const([1]), outputs=2, axis=-1)  # [R * L, 1]
+    # Axes are counted from the front: of a call without canvas rows, whose arrays are empty, onnxruntime 1.31 reduces a
+    # negative axis to a wrong shape.
+    top, argmax = w.ops("TopK", logits if keep_logits else probabilities, w.const([1]), outputs=2, axis=-1)
     w.op("Cast", w.op("Reshape", argmax, rows), to_=TensorProto.INT32, to="argmax_ids")
     w.graph_output("argmax_ids", TensorProto.INT32, ["R", "L"])
-
-    # log-sum-exp from the largest element: its logit is m and its probability exp(m - lse)
-    log_top = w.op("Log", w.op("GatherElements", probabilities, argmax, axis=1))
-    expected = w.op("MatMul", w.op("Mul", probabilities, logits), w.array("head/ones", np.ones((vocab, 1), f32)))
-    entropy = w.op("Sub", w.op("Sub", top, log_top), expected)
+    if keep_logits:  # log-sum-exp from the largest element: its logit is m and its probability exp(m - lse)
+        log_top = w.op("Log", w.op("GatherElements", probabilities, argmax, axis=1))
+        expected = w.op("ReduceSum", w.op("Mul", probabilities, logits), w.const([1]))
+        entropy = w.op("Sub", w.op("Sub", top, log_top), expected)
+    else:
+        surprise = w.op("Log", w.op("Max", probabilities, w.const(np.finfo(f32).tiny, f32)))
+        entropy = w.op("Neg", w.op("ReduceSum", w.op("Mul", probabilities, surprise), w.const([1])))
     w.op("Reshape", entropy, rows, to="entropies")
     w.graph_output("entropies", TensorProto.FLOAT, ["R", "L"])
 
@@ -69,9 +77,7 @@ def _sample(w: GraphWriter, probabilities: str, vocab: int) -> str:
         padding = w.const([0, 0, 0, groups * size - vocab])
         probabilities = w.op("Pad", probabilities, padding, w.const(0, np.float32))
     by_group = w.op("Reshape", probabilities, w.const([-1, groups, size]))
-    mass = w.op(
-        "Squeeze", w.op("MatMul", by_group, w.array("head/group_ones", np.ones((size, 1), np.float32))), w.const([2])
-    )  # [N, groups]
+    mass = w.op("ReduceSum", by_group, w.const([2]), keepdims=0)  # [N, groups]
     until = w.op("CumSum", mass, w.const(1))
     uniforms = w.op("Reshape", "uniforms", w.const([-1, 1]))
     group = _count_up_to(w, until, uniforms, groups)  # [N, 1]
@@ -92,5 +98,5 @@ def _sample(w: GraphWriter, probabilities: str, vocab: int) -> str:
 def _count_up_to(w: GraphWriter, cumulative: str, bound: str, width: int) -> str:
     """First index [N, 1] int64 whose cumulative value exceeds `bound`, at most width - 1."""
     passed = w.op("Cast", w.op("LessOrEqual", cumulative, bound), to_=TensorProto.FLOAT)
-    count = w.op("MatMul", passed, w.const(np.ones((width, 1)), np.float32))
+    count = w.op("ReduceSum", passed, w.const([1]))
     return w.op("Cast", w.op("Min", count, w.const(width - 1, np.float32)), to_=TensorProto.INT64)

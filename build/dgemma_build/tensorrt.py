@@ -168,6 +168,8 @@ class TensorRtBackend:
         with (directory / ENGINE_FILE).open("wb") as file:
             writer = _stream(trt, file, lambda: progress.stage("writing the engine", size), progress)
             built = builder.build_serialized_network_to_stream(network, settings, writer)
+        if writer.error is not None:
+            raise writer.error
         if not built:
             raise ConfigurationError(f"{self.library} {self.version} cannot build the graph: {'; '.join(log.errors)}")
         for name in ("model.onnx", "model.onnx.data"):
@@ -244,18 +246,28 @@ def _monitor(trt: Any, progress: Progress, text: str) -> Any:
 
 
 def _stream(trt: Any, file: BinaryIO, begin: Callable[[], None], progress: Progress) -> Any:
-    """Writes the engine as it comes, so that it never stands in memory as a whole."""
+    """Writes the engine as it comes, so that it never stands in memory as a whole.
+
+    An exception would be lost in the library, which goes on and reports success; so it is kept in `error`.
+    """
 
     class Stream(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self._begun = False
+            self.error: OSError | None = None
 
         def write(self, data: bytes) -> int:
+            if self.error is not None:
+                return 0
             if not self._begun:
                 begin()
                 self._begun = True
-            file.write(data)
+            try:
+                file.write(data)
+            except OSError as error:
+                self.error = error
+                return 0
             progress.advance(len(data))
             return len(data)
 

@@ -15,7 +15,7 @@ from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.graph import author_graph
 from dgemma_build.tensorrt import BINDINGS, binding_shapes, longest_chunk, profiles, recipe
 from dgemma_runtime.contract import Manifest
-from dgemma_runtime.errors import ConfigurationError
+from dgemma_runtime.errors import ConfigurationError, ManifestError
 
 DEMO = Path(__file__).parents[2] / "build" / "checkpoints" / "demo"
 
@@ -40,6 +40,19 @@ def test_a_graph_that_the_library_refuses_is_its_own_error(odd_checkpoint: Path,
         build_engine(BuildRequest(odd_checkpoint, tmp_path / "engine", "tensorrt_rtx", "bf16"))
     assert not (tmp_path / "engine").exists()
     assert not (tmp_path / "engine.partial" / "config.json").exists()
+
+
+def test_a_disk_that_fills_up_under_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library takes no notice of what its writer meets, and says that it has built the engine."""
+    request = BuildRequest(DEMO, tmp_path / "engine", "tensorrt_rtx", "int4", max_model_len=1024, max_batch_size=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("dgemma_build.tensorrt.ENGINE_FILE", "/dev/full")
+        with pytest.raises(ConfigurationError, match="the disk is full; make room and build again"):
+            build_engine(request)
+    assert [path.name for path in tmp_path.iterdir()] == ["engine.partial"]
+    with pytest.raises(ManifestError, match=r"config\.json: not found"):
+        Manifest.load(tmp_path / "engine.partial")
+    assert build_engine(request) == Manifest.load(tmp_path / "engine")
 
 
 @pytest.mark.parametrize(
