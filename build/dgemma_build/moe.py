@@ -70,29 +70,32 @@ def grouped(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: 
 def dense(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: str, share: str) -> str:
     """Every expert multiplies every token; what a token did not choose has weight zero.
 
-    All experts' gates and ups are outputs of one product. Their downs are inputs of one that is cut into parts: a sum
-    over all experts at once would leave most of a GPU idle, one output an expert would fill its memory.
+    Experts are cut into parts. A sum of all experts' downs at once would leave most of a GPU idle, one output an expert
+    would fill its memory; and TensorRT unpacks int4 weights of one product that is for all of them.
     """
     experts, inner, hidden = weights.num_experts, weights.intermediate_size, weights.hidden_size
     parts = max(size for size in range(1, MOST_PARTS + 1) if experts % size == 0)
     together = experts // parts  # experts of a part
 
     def gate_up() -> Iterator[Float32]:
-        for expert in range(experts):
-            yield weights.gate_up(expert).T
+        for first in range(0, experts, together):
+            yield np.concatenate([weights.gate_up(first + i).T for i in range(together)])
 
     def down() -> Iterator[Float32]:
         for first in range(0, experts, together):
             yield np.concatenate([weights.down(first + i).T for i in range(together)], axis=1)
 
     zeros = w.op("Expand", w.const(0, weights.dtype), w.op("Concat", _rows(w, tokens), w.const([experts]), axis=0))
-    routing = w.op("Unsqueeze", w.op("ScatterElements", zeros, ids, share, axis=1), w.const([2]))  # [N, experts, 1]
-    matrix = Matrix(hidden, experts * 2 * inner, gate_up)
-    both = weights.matmul(tokens, f"{prefix}.experts.gate_up", matrix, rms_bound(hidden))
-    both = w.op("Reshape", both, w.const([-1, experts, 2 * inner]))
+    routing = w.op("ScatterElements", zeros, ids, share, axis=1)
+    by_part = w.op("Reshape", routing, w.const([-1, parts, together, 1]))
+    routing = w.op("Transpose", by_part, perm=[1, 0, 2, 3])  # [parts, N, together, 1]
+    matrix = Matrix(hidden, together * 2 * inner, gate_up, stack=parts)
+    name = f"{prefix}.experts.gate_up"
+    both = weights.matmul(w.op("Unsqueeze", tokens, w.const([0])), name, matrix, rms_bound(hidden))
+    both = w.op("Reshape", both, w.const([parts, -1, together, 2 * inner]))
     gate, up = w.ops("Split", both, w.const([inner, inner]), outputs=2, axis=-1)
     gated = w.op("Mul", w.op("Mul", w.op("Gelu", gate, approximate="tanh"), up), routing)
-    by_part = w.op("Transpose", w.op("Reshape", gated, w.const([-1, parts, together * inner])), perm=[1, 0, 2])
+    by_part = w.op("Reshape", gated, w.const([parts, -1, together * inner]))
     matrix = Matrix(together * inner, hidden, down, stack=parts)
     return w.op("ReduceSum", weights.matmul(by_part, f"{prefix}.experts.down", matrix, None), w.const([0]), keepdims=0)
 

@@ -227,15 +227,10 @@ def test_experts_that_no_token_reaches_are_not_read() -> None:
 
 
 def test_the_released_model_in_int4_with_8k_of_context_fits_18_gb(released: Model) -> None:
-    """With keys and values in fp8. In bf16 it lacks under half a GB, and the plan says that this would help."""
-    narrow = PlanOptions("int4", kv_precision="fp8", max_model_len=8192)
-    plan = only(released, narrow, CARDS["budget-18"])
+    plan = only(released, PlanOptions("int4", max_model_len=8192), CARDS["budget-18"])
     (item,) = plan.contexts
     assert item.sequences >= 1
     assert plan.weights_bytes + plan.reserve_bytes + item.scratch.total + item.runtime.total <= 18 * GIGA
-    (item,) = only(released, replace(narrow, kv_precision=""), CARDS["budget-18"]).contexts
-    assert 0 < item.missing_bytes < 0.5 * GIGA
-    assert "--kv-precision fp8" in item.remedies
 
 
 def test_what_fits_fills_the_memory_and_one_more_does_not_fit(released: Model) -> None:
@@ -316,12 +311,12 @@ def test_nothing_helps_where_the_smallest_weights_are_too_large(released: Model)
 def test_scratch_is_of_the_widest_stage(released: Model) -> None:
     config, options = released.config, PlanOptions("bf16")
     one, eight = (scratch_bytes(config, options, batch, 8192) for batch in (1, 8))
-    assert one.logits == 3 * 256 * 262_144 * 4
+    assert one.logits == 2 * 256 * 262_144 * 4
     assert eight.total == 8 * one.total
     assert one.total == one.layer + one.logits
     long = scratch_bytes(config, options, 1, LONGEST)
     assert long.attention == 3 * 2 * 256 * LONGEST * 2
-    assert long.total == long.layer + long.attention + long.logits // 3
+    assert long.total == long.layer + long.attention + long.logits // 4
     fused = scratch_bytes(config, PlanOptions("bf16", plugins=True), 1, LONGEST)
     assert fused.logits == 256 * 262_144 * 2
     assert fused.attention == long.attention

@@ -9,9 +9,8 @@ Prefill and denoising run one after the other in the same memory, so the larger 
 
 The plugin-free model was held to what the builder of TensorRT for RTX 1.7.1 reports for dozens of graphs, each with a
 few dimensions of the released model changed: within 15% where scores, logits or experts take more than some 40 MB.
-Three arrays of the size of the scores are alive at once (two in fp32), and three of the logits. Stages use each other's
-memory, but one of the logits' arrays finds no room among the scores, and two none among int4 weights of the experts'
-first product, which are unpacked to a byte each.
+Three arrays of the size of the scores are alive at once (two in fp32), and two of the logits. Stages use each other's
+memory, but what the logits are in 16 bits finds no room among the scores.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from dgemma_build.tensorrt import longest_chunk
 from dgemma_runtime.contract import FULL
 
 HEAD_ROWS = 512  # as the kernel is configured for the released model
-_LOGITS = 3  # arrays alive at once
+_LOGITS = 2  # arrays alive at once
 _SCORES = {"fp32": 2, "bf16": 3}  # the same, by precision of the activations: casts are stored, too
 _GATED_FP8 = 2.5  # of experts: arrays of 2 bytes a value in between; the last is of one byte
 _GATED = 3.0
@@ -38,15 +37,12 @@ class Scratch:
     layer: int  # residual stream, queries and what attention makes of them
     attention: int  # scores, and values in fp8 turned; the larger of prefill and denoising
     experts: int  # the same
-    unpacked: int  # weights, beside what `experts` counts
     logits: int  # of all canvases
 
     @property
     def total(self) -> int:
         """Of the widest stage."""
-        array = self.logits // _LOGITS
-        beside = max(self.logits, array + self.attention, 2 * array + self.unpacked)
-        return self.layer + max(beside, self.experts + self.unpacked)
+        return self.layer + max(self.logits, self.logits // (2 * _LOGITS) + self.attention, self.experts)
 
 
 def scratch_bytes(config: TextConfig, options: PlanOptions, batch: int, context: int) -> Scratch:
@@ -54,21 +50,19 @@ def scratch_bytes(config: TextConfig, options: PlanOptions, batch: int, context:
     spec, element = config.spec, ELEMENT_BYTES[options.activations]
     canvases = batch * spec.canvas_length
     tokens = max(canvases, min(longest_chunk(spec.canvas_length), context))  # of a call
-    all_inner, unpacked = config.num_experts * config.moe_intermediate_size, 0
     if options.plugins:
         logits = min(canvases, HEAD_ROWS) * spec.vocab_size * element
         experts = tokens * config.top_k_experts * (config.moe_intermediate_size + spec.hidden_size) * element
     else:
         logits = _LOGITS * 4 * canvases * spec.vocab_size
-        values = (_GATED_FP8 if options.precision == "fp8" else _GATED) * all_inner + MOST_PARTS * spec.hidden_size
+        gated = _GATED_FP8 if options.precision == "fp8" else _GATED
+        values = gated * config.num_experts * config.moe_intermediate_size + MOST_PARTS * spec.hidden_size
         experts = round(tokens * values * element)
-        unpacked = 2 * all_inner * spec.hidden_size if options.precision == "int4" else 0
     widest = config.num_attention_heads * max(layer.head_dim for layer in spec.layers)
     return Scratch(
         layer=tokens * (2 * spec.hidden_size + 3 * widest) * element,
         attention=_attention(config, options, batch, tokens, context),
         experts=experts,
-        unpacked=unpacked,
         logits=logits,
     )
 
