@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tensorrt_rtx
 
 from dgemma_runtime.contract import Manifest
 from dgemma_runtime.engines import cuda, tensorrt_program
+from dgemma_runtime.engines.scripted import scripted_manifest
+from dgemma_runtime.errors import ConfigurationError, ManifestError
 
 NO_GPU = r"no NVIDIA driver is loaded on this machine|cudaGetDeviceCount: .*\(cudaError\w+\)"
 
@@ -153,3 +156,24 @@ def test_the_server_says_it_too(directory: Path) -> None:
     assert result.returncode == 1
     assert re.search(NO_GPU, result.stderr), result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_engine_of_tensorrt_llm_needs_that_library_and_its_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Path("engine")
+    manifest = replace(scripted_manifest(1000), backend="tensorrt_llm", backend_version="1.2.1+tensorrt.10.14.1")
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
+    with pytest.raises(
+        ConfigurationError, match=r"needs .* tensorrt_llm 1\.2\.1\+.*environment with tensorrt-llm 1\.2\.1$"
+    ):
+        tensorrt_program.tensorrt_library(directory, manifest)
+
+    plugins, library = SimpleNamespace(__version__="1.2.1"), SimpleNamespace(__version__="10.14.1")
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", plugins)
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    assert tensorrt_program.tensorrt_library(directory, manifest) is library
+
+    library.__version__ = "10.15.0"
+    with pytest.raises(
+        ManifestError, match=r"built with tensorrt_llm 1\.2\.1\+tensorrt\.10\.14\.1, installed is .*10\.15\.0"
+    ):
+        tensorrt_program.tensorrt_library(directory, manifest)

@@ -56,5 +56,6 @@ _OPENERS: Mapping[str, Opener] = {
     "onnxruntime": _open_onnxruntime,
     "tensorrt": _open_tensorrt,
     "tensorrt_rtx": _open_tensorrt,
+    "tensorrt_llm": _open_tensorrt,
     "scripted": _open_scripted,
 }

@@ -33,7 +33,7 @@ from dgemma_runtime.engines.number_formats import from_float32, to_float32
 from dgemma_runtime.engines.workspace import Shared, Workspace
 from dgemma_runtime.errors import ConfigurationError, ManifestError
 
-BACKENDS = ("tensorrt", "tensorrt_rtx")
+BACKENDS = ("tensorrt", "tensorrt_rtx", "tensorrt_llm")
 ENGINE_FILE = "rank0.engine"
 _PRECISIONS, _KV_DTYPES = ("fp32", "bf16", "fp16", "fp8", "int4"), ("fp32", "bf16", "fp16", "fp8")
 _WASTE = 4  # a canvas may stand among so many times as many slots as it needs, to share a call

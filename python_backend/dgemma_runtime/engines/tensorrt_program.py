@@ -32,21 +32,31 @@ def tensorrt_library(directory: Path, manifest: Manifest) -> Any:
 
     Raises ConfigurationError where it is not installed, ManifestError where it is another version.
     """
-    name = manifest.backend
-    package = f"{_PACKAGES[name]}=={manifest.backend_version}"
+    name, built = manifest.backend, manifest.backend_version
+    if name == "tensorrt_llm":
+        remedy = f"run the server in an environment with tensorrt-llm {built.partition('+')[0]}"
+    else:
+        remedy = f"run `pip install {_PACKAGES[name]}=={built}`"
     try:
-        library = importlib.import_module(name)
+        library, installed = _import(name)
     except ImportError as error:
         raise ConfigurationError(
-            f"{directory}: the engine needs the Python package of {name} {manifest.backend_version} ({error}); "
-            f"run `pip install {package}`"
+            f"{directory}: the engine needs the Python package of {name} {built} ({error}); {remedy}"
         ) from None
-    if library.__version__ != manifest.backend_version:
+    if installed != built:
         raise ManifestError(
-            f"{directory}: the engine was built with {name} {manifest.backend_version}, installed is "
-            f"{library.__version__}; run `pip install {package}`, or {_REBUILD}"
+            f"{directory}: the engine was built with {name} {built}, installed is {installed}; {remedy}, or {_REBUILD}"
         )
     return library
+
+
+def _import(name: str) -> tuple[Any, str]:
+    """TensorRT's module and its version, as builds write it. TensorRT-LLM has plugins that an engine needs."""
+    if name != "tensorrt_llm":
+        library = importlib.import_module(name)
+        return library, str(library.__version__)
+    plugins, library = importlib.import_module(name), importlib.import_module("tensorrt")
+    return library, f"{plugins.__version__}+tensorrt.{library.__version__}"
 
 
 def check_target(directory: Path, manifest: Manifest, device: CudaDevice) -> None:
