@@ -30,6 +30,7 @@ class Card:
     fp32_flops: float  # per second, dense, as all three
     bf16_flops: float
     fp8_flops: float
+    takes_plugins: bool  # as Hopper does; what a card of given numbers is cannot be known
 
     def flops(self, compute: str) -> float:
         """FLOP per second of products in `compute`: fp32, bf16 or fp8."""
@@ -38,9 +39,10 @@ class Card:
 
 def _card(name: str, title: str, memory_gb: float, bandwidth_gbs: float, tflops: tuple[float, float, float]) -> Card:
     fp32, bf16, fp8 = (value * TERA for value in tflops)
-    return Card(name, title, round(memory_gb * GIGA), bandwidth_gbs * GIGA, fp32, bf16, fp8)
+    return Card(name, title, round(memory_gb * GIGA), bandwidth_gbs * GIGA, fp32, bf16, fp8, name in _PLUGINS)
 
 
+_PLUGINS = ("h100-80", "h200-141", "given")
 _RTX_4090 = (82.6, 165.2, 330.3)
 CARDS = {
     card.name: card

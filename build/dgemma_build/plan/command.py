@@ -38,9 +38,6 @@ Precision = Annotated[
 ]
 KvPrecision = Annotated[str, typer.Option(help=f"{', '.join(KV_PRECISIONS)}.", show_default="as the activations")]
 Int4GroupSize = Annotated[int, typer.Option(help="Weights that share a scale.")]
-Fp8Embedding = Annotated[
-    bool, typer.Option("--fp8-embedding", help="With fp8 and int4: the embedding (and head) in fp8, not bf16.")
-]
 MaxBatchSize = Annotated[int | None, typer.Option(help="Canvases in one step.", show_default="as many as fit")]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens, prompt and output together.", show_default="the model's")
@@ -64,7 +61,6 @@ def plan_command(
     precision: Precision = None,
     kv_precision: KvPrecision = "",
     int4_group_size: Int4GroupSize = DEFAULT_GROUP,
-    fp8_embedding: Fp8Embedding = False,
     max_batch_size: MaxBatchSize = None,
     max_model_len: MaxModelLen = None,
     plugins: Plugins = False,
@@ -80,7 +76,7 @@ def plan_command(
         return
     given = given_card(memory_gb, bandwidth_gbs, tflops)
     named = cards_named(gpu if gpu is not None else [] if given else list(CARDS))
-    rest = (kv_precision, int4_group_size, fp8_embedding, max_batch_size, max_model_len, plugins, reserve_gb)
+    rest = (kv_precision, int4_group_size, max_batch_size, max_model_len, plugins, reserve_gb)
     recipes = [PlanOptions(name, *rest) for name in dict.fromkeys(precision or _DEFAULT_PRECISIONS)]
     model = Model(*model_config(checkpoint))
     plans = make_plan(model, recipes, [*named, *([given] if given else [])])

@@ -66,7 +66,7 @@ def step_work(
     flops: dict[str, float] = {}
     for weight in weights:
         is_expert = weight.part == EXPERTS
-        read += weight.stored_bytes(options) * (reached if is_expert else 1)
+        read += weight.nbytes * (reached if is_expert else 1)
         if weight.is_matrix:
             uses = share if is_expert else 2 if weight.part == EMBEDDING else 1
             compute = _compute(weight, options)
@@ -81,8 +81,4 @@ def step_work(
 
 
 def _compute(weight: PlannedWeight, options: PlanOptions) -> str:
-    if weight.name.endswith(".fp8"):
-        return "fp8"
-    if weight.part == EMBEDDING and options.quantised and options.fp8_embedding:
-        return "fp8"
-    return options.activations
+    return "fp8" if weight.name.endswith(".fp8") else options.activations

@@ -22,7 +22,6 @@ class PlanOptions:
     precision: str = "bf16"
     kv_precision: str = ""  # "": as the activations
     int4_group_size: int = DEFAULT_GROUP
-    fp8_embedding: bool = False  # with fp8 and int4: the embedding, which is the head too, in E4M3 as well
     max_batch_size: int | None = None  # canvases in a step; None: as many as fit
     max_model_len: int | None = None  # tokens; None: the model's own limit
     plugins: bool = False  # grouped experts, head without fp32 logits
@@ -50,7 +49,3 @@ class PlanOptions:
     def kv(self) -> str:
         """Precision of keys and values."""
         return self.kv_precision or self.activations
-
-    @property
-    def quantised(self) -> bool:
-        return self.precision in ("fp8", "int4")

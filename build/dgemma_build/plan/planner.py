@@ -101,7 +101,7 @@ def make_plan(model: Model, options: Sequence[PlanOptions], cards: Sequence[Card
 
 
 def _card_plan(model: Model, options: PlanOptions, card: Card) -> CardPlan:
-    parts = bytes_by_part(model.weights(options), options)
+    parts = bytes_by_part(model.weights(options))
     lengths = context_lengths(model, options.max_model_len)
     contexts = tuple(_context_plan(model, options, card, length) for length in lengths)
     return CardPlan(card, options, parts, _reserve(options), contexts)
@@ -134,7 +134,7 @@ def _reserve(options: PlanOptions) -> int:
 
 def memory_needed(model: Model, options: PlanOptions, sequences: int, context: int) -> int:
     """Bytes on the GPU for that many sequences; the scratch is for `max_batch_size` canvases, or for them all."""
-    weights = sum(bytes_by_part(model.weights(options), options).values())
+    weights = sum(bytes_by_part(model.weights(options)).values())
     scratch = scratch_bytes(model.config, options, options.max_batch_size or sequences, context).total
     return weights + _reserve(options) + scratch + model.runtime(options, sequences, context).total
 
@@ -165,7 +165,7 @@ def _remedies(model: Model, options: PlanOptions, card: Card, context: int) -> l
     def fits(changed: PlanOptions, length: int = context) -> bool:
         return memory_needed(model, changed, 1, length) <= card.memory_bytes
 
-    helping = [words for words, changed in _variants(options) if fits(changed)]
+    helping = [words for words, changed in _variants(options, card) if fits(changed)]
     found = [words[0] for words in helping if len(words) == 1] or [" ".join(words) for words in helping[:1]]
     if options.max_batch_size:
         batch = _largest(0, options.max_batch_size - 1, lambda count: fits(replace(options, max_batch_size=count)))
@@ -176,22 +176,20 @@ def _remedies(model: Model, options: PlanOptions, card: Card, context: int) -> l
     return found or ["no option here helps; take a GPU with more memory"]
 
 
-def _variants(options: PlanOptions) -> list[tuple[tuple[str, ...], PlanOptions]]:
+def _variants(options: PlanOptions, card: Card) -> list[tuple[tuple[str, ...], PlanOptions]]:
     """Every way to save memory by options, with the words for it; the fewest changes first."""
     bits = WEIGHT_BITS[options.precision]
     found = []
     for precision in [options.precision, *(name for name in PRECISIONS if WEIGHT_BITS[name] < bits)]:
         narrower = replace(options, precision=precision)
         kv = [options.kv_precision] + ["fp8"] * (options.kv != "fp8")
-        embedding = [options.fp8_embedding] + [True] * (narrower.quantised and not options.fp8_embedding)
-        plugins = [options.plugins] + [True] * (not options.plugins)
-        for chosen in product(kv, embedding, plugins):
-            changed = replace(narrower, kv_precision=chosen[0], fp8_embedding=chosen[1], plugins=chosen[2])
+        plugins = [options.plugins] + [True] * (card.takes_plugins and not options.plugins)
+        for chosen in product(kv, plugins):
+            changed = replace(narrower, kv_precision=chosen[0], plugins=chosen[1])
             words = (
                 [f"--precision {precision}"] * (precision != options.precision)
                 + [f"--kv-precision {chosen[0]}"] * (chosen[0] != options.kv_precision)
-                + ["--fp8-embedding"] * (chosen[1] != options.fp8_embedding)
-                + ["--plugins"] * (chosen[2] != options.plugins)
+                + ["--plugins"] * (chosen[1] != options.plugins)
             )
             found.append((tuple(words), changed))
     return sorted(found, key=lambda item: len(item[0]))

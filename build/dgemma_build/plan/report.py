@@ -37,8 +37,7 @@ def gigabytes(size: int) -> str:
 def recipe_name(options: PlanOptions) -> str:
     """What sets a recipe apart, for a row's label."""
     kv = f", kv {options.kv}" if options.kv != options.activations else ""
-    embedding = ", emb fp8" if options.quantised and options.fp8_embedding else ""
-    return f"{options.precision}{kv}{embedding}"
+    return f"{options.precision}{kv}"
 
 
 # ---------------------------------------------------------------- tables

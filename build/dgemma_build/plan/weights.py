@@ -1,8 +1,7 @@
 """Bytes of an engine's weights, by part and precision. Knows what a graph holds from the graph's own dry run.
 
 What is planned is what the recipe of that precision writes (`dgemma_build.tensorrt.recipe`), byte for byte, scales
-included. `fp8_embedding` is the one thing that no recipe builds yet: the embedding, which is the head too, in E4M3 with
-one fp32 scale per token.
+included.
 """
 
 from __future__ import annotations
@@ -31,13 +30,6 @@ class PlannedWeight:
     values: int  # of the model; none in scales
     nbytes: int
     is_matrix: bool  # whether tokens are multiplied by it
-    rows: int  # first dimension
-
-    def stored_bytes(self, options: PlanOptions) -> int:
-        """Bytes with everything that the options ask for."""
-        if self.part == EMBEDDING and options.quantised and options.fp8_embedding:
-            return self.values + 4 * self.rows
-        return self.nbytes
 
 
 def planned_weights(config: TextConfig, options: PlanOptions) -> list[PlannedWeight]:
@@ -55,13 +47,11 @@ def _planned(config: TextConfig, weight: Weight) -> Iterator[PlannedWeight]:
             (f"{stem}.mlp.gate_up", DENSE_MLP, rows - config.num_experts),
             (f"{stem}.router", REST, config.num_experts),
         ):
-            yield PlannedWeight(name, part, outputs * inputs, outputs * inputs * weight.dtype.itemsize, True, outputs)
+            yield PlannedWeight(name, part, outputs * inputs, outputs * inputs * weight.dtype.itemsize, True)
         return
     part, is_scale = _part(weight.name), weight.name.endswith((".scales", "_norm.scale"))
     is_matrix = not is_scale and (part != REST or weight.name.endswith(".router"))
-    yield PlannedWeight(
-        weight.name, part, 0 if is_scale else math.prod(shape), weight.nbytes, is_matrix, shape[0] if shape else 1
-    )
+    yield PlannedWeight(weight.name, part, 0 if is_scale else math.prod(shape), weight.nbytes, is_matrix)
 
 
 def built_bytes(config: TextConfig, lowering: Lowering) -> int:
@@ -69,11 +59,11 @@ def built_bytes(config: TextConfig, lowering: Lowering) -> int:
     return sum(weight.nbytes for weight in graph_weights(config, lowering))
 
 
-def bytes_by_part(weights: Sequence[PlannedWeight], options: PlanOptions) -> dict[str, int]:
+def bytes_by_part(weights: Sequence[PlannedWeight]) -> dict[str, int]:
     """Stored bytes of each of PARTS."""
     total = dict.fromkeys(PARTS, 0)
     for weight in weights:
-        total[weight.part] += weight.stored_bytes(options)
+        total[weight.part] += weight.nbytes
     return total
 
 
