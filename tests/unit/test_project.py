@@ -229,6 +229,14 @@ def test_the_readme_lists_every_request_parameter() -> None:
     assert set(SUPPORTED) <= named
 
 
+def test_every_test_file_is_collected() -> None:
+    """Of tests/build none was, once: pytest leaves folders of that name out unless it is told otherwise."""
+    command = [sys.executable, "-m", "pytest", "tests", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {line.split("::")[0] for line in shown.splitlines() if "::" in line} == files
+
+
 def test_ci_runs_the_readme_s_test_command() -> None:
     assert "\nmake test\n" in (ROOT / "README.md").read_text()
     assert os.access(ROOT / ".ci/run", os.X_OK)
