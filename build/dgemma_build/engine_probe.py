@@ -84,7 +84,7 @@ class Probe:
             argmax_ids=result.argmax_ids[-1],
             sampled_ids=result.sampled_ids[-1],
             entropies=result.entropies[-1],
-            next_soft=self.engine.soft_embedding(row.slot).copy(),
+            next_soft=self.engine.soft_embedding(row.slot),
         )
 
     def keys_values(self, layer: int) -> tuple[Float32Array, Float32Array]:

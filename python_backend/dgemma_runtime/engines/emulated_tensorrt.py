@@ -6,6 +6,7 @@ An engine is the made-up model of `scripted_program`; its file must hold `ENGINE
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,11 +21,11 @@ SCRATCH_BYTES = 4096
 _TYPES = {"fp32": "FLOAT", "fp16": "HALF"}
 
 
-class _Logger:
+class _Logger(ABC):
     INTERNAL_ERROR, ERROR, WARNING, INFO = range(4)
 
-    def log(self, severity: int, message: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, severity: int, message: str) -> None: ...
 
 
 class EmulatedTensorRt:
