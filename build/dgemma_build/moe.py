@@ -70,8 +70,9 @@ def grouped(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: 
 def dense(w: GraphWriter, weights: MoeWeights, prefix: str, tokens: str, ids: str, share: str) -> str:
     """Every expert multiplies every token; what a token did not choose has weight zero.
 
-    Experts are cut into parts. A sum of all experts' downs at once has few tiles for a GPU (44 of 128 x 128 values for a
-    canvas of the released model), one output an expert would fill its memory; and TensorRT unpacks int4 weights of one product that is for all of them.
+    Experts are cut into parts. A sum of all experts' downs at once has few tiles for a GPU (44 of 128 x 128 values for
+    a canvas of the released model), one output an expert would fill its memory; and TensorRT unpacks int4 weights
+    of one product that is for all of them.
     """
     experts, inner, hidden = weights.num_experts, weights.intermediate_size, weights.hidden_size
     parts = max(size for size in range(1, MOST_PARTS + 1) if experts % size == 0)
