@@ -119,8 +119,6 @@ class _DenoiserGraph:
         self.lowering = lowering
         self.numpy_dtype = helper.tensor_dtype_to_np_dtype(lowering.dtype)
         self.products = _products(lowering)
-        # Self-conditioning is small, and may have no rows, over which ONNX Runtime 1.31 finds no greatest value.
-        self.small_products = Plain(lowering.dtype, turned=False) if lowering.weights == "fp8" else self.products
         self.attention: Attention
         if lowering.in_place:
             self.attention = InPlaceCache(writer, config.spec, lowering.dtype)
@@ -211,7 +209,7 @@ class _DenoiserGraph:
         tokens = w.op("Mul", w.op("Gather", self.embedding, "token_ids"), scale)  # [B, L, H]
         canvas = w.op("Gather", tokens, "canvas_rows")  # [R, L, H]
         normed = self.rms_norm("soft_embedding", "", spec.hidden_size)
-        signal = self._gated_mlp(normed, "self_conditioning", "self_conditioning.pre_norm.weight", self.small_products)
+        signal = self._gated_mlp(normed, "self_conditioning", "self_conditioning.pre_norm.weight")
         conditioned = self.rms_norm(w.op("Add", canvas, signal), "", spec.hidden_size)
         return w.op("ScatterND", tokens, w.op("Unsqueeze", "canvas_rows", w.const([1])), conditioned)
 
@@ -221,23 +219,23 @@ class _DenoiserGraph:
             chunk = slice(start, min(start + _EMBEDDING_ROWS, count))
             yield self.source.float32_slice("embed_tokens.weight", chunk).astype(self.numpy_dtype, copy=False)
 
-    def _gated_mlp(self, normed: str, prefix: str, norm: str, products: Products) -> str:
+    def _gated_mlp(self, normed: str, prefix: str, norm: str) -> str:
         """down(gelu(gate(x)) * up(x)) of x = normed times the weight `norm`."""
         inner, hidden = self.config.intermediate_size, self.spec.hidden_size
         matrix = Matrix(hidden, 2 * inner, lambda: self._gate_up(prefix, norm))
-        both = products.multiply(self.w, normed, f"{prefix}.gate_up", matrix, rms_bound(hidden))
+        both = self.matmul(normed, f"{prefix}.gate_up", matrix, rms_bound(hidden))
         gate, up = self.w.ops("Split", both, self.w.const([inner, inner]), outputs=2, axis=-1)
-        return self._gated_down(gate, up, prefix, products)
+        return self._gated_down(gate, up, prefix)
 
     def _gate_up(self, prefix: str, norm: str) -> list[Float32]:
         parts = [self.load(f"{prefix}.{name}_proj.weight") for name in ("gate", "up")]
         return [np.concatenate(parts) * self.load(norm)]
 
-    def _gated_down(self, gate: str, up: str, prefix: str, products: Products) -> str:
+    def _gated_down(self, gate: str, up: str, prefix: str) -> str:
         gated = self.w.op("Mul", self.w.op("Gelu", gate, approximate="tanh"), up)
         name = f"{prefix}.down_proj.weight"
         matrix = Matrix(self.config.intermediate_size, self.spec.hidden_size, lambda: [self.load(name)])
-        return products.multiply(self.w, gated, name, matrix, None)
+        return self.matmul(gated, name, matrix, None)
 
     def _layer(self, hidden: str, index: int, layer: LayerSpec) -> str:
         w, prefix, size = self.w, f"layers.{index}", self.spec.hidden_size
@@ -306,10 +304,10 @@ class _DenoiserGraph:
             both = Matrix(hidden, 2 * inner + experts, lambda: [*self._gate_up(f"{prefix}.mlp", norm), router()])
             product = self.matmul(normed, f"{prefix}.mlp_router", both, None)
             gate, up, logits = self.w.ops("Split", product, self.w.const([inner, inner, experts]), outputs=3, axis=-1)
-            return self._gated_down(gate, up, f"{prefix}.mlp", self.products), logits
+            return self._gated_down(gate, up, f"{prefix}.mlp"), logits
         # the router is small and decides much: it keeps its precision
         weight = self.weight(f"{prefix}.router", (hidden, experts), lambda: router().T)
-        return self._gated_mlp(normed, f"{prefix}.mlp", norm, self.products), self.w.op("MatMul", normed, weight)
+        return self._gated_mlp(normed, f"{prefix}.mlp", norm), self.w.op("MatMul", normed, weight)
 
     def _moe(self, normed: str, router_logits: str, prefix: str) -> str:
         """Experts' weighted sum, [B, L, H]."""

@@ -142,7 +142,8 @@ class Fp8:
         if bound is not None:
             product = w.op("MatMul", self._round(w, value, float(power_of_two_scale(bound))), weights)
             return w.op("Mul", product, scales)
-        greatest = w.op("ReduceMax", w.op("Abs", value), w.const([-1]))
+        # `value` has three axes. Counted from the end, onnxruntime 1.31 reduces an empty array to a wrong shape.
+        greatest = w.op("ReduceMax", w.op("Abs", value), w.const([2]))
         greatest = w.op("Max", greatest, w.const(1e-30, self._dtype))
         rounded = self._round(w, w.op("Div", value, greatest), float(power_of_two_scale(1.0)))
         return w.op("Mul", w.op("Mul", w.op("MatMul", rounded, weights), greatest), scales)
