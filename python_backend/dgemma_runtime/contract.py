@@ -167,6 +167,16 @@ class EncodeRow:
 
 
 @dataclass(frozen=True)
+class CommitRow:
+    """The canvas that has just ended in `slot`, to encode causally behind its context."""
+
+    slot: int  # as in DenoiseRow; its next canvas begins at position + canvas_length
+    token_ids: Int32Array  # [canvas_length]
+    position: int  # that of the canvas's own rows
+    pages: SequencePages  # has room for position + canvas_length tokens
+
+
+@dataclass(frozen=True)
 class DenoiseRow:
     """One step of one canvas."""
 
@@ -176,7 +186,7 @@ class DenoiseRow:
     temperature: float  # > 0
     position: int  # context length: tokens in the cache before the canvas
     pages: SequencePages
-    first_step: bool  # the soft embedding starts from zeros and the context may have changed
+    first_step: bool  # the soft embedding starts from zeros and the context may have grown
 
 
 @dataclass(frozen=True)
@@ -200,7 +210,14 @@ class EngineLimits:
 
 
 class Engine(Protocol):
-    """Owns weights and KV memory. Called from one thread only. Raises EngineError when it can no longer run."""
+    """Owns weights and KV memory. Called from one thread only.
+
+    From a slot's first canvas to its `release` the slot belongs to one sequence, whose pages only grow, so an engine
+    may keep its context laid out from canvas to canvas. Sequences may share pages; nobody writes to a shared one.
+
+    Calls raise EngineMemoryError when there was no memory for them: nothing of the call counts then, and the engine can
+    go on once slots are released. They raise another EngineError when the engine can no longer run.
+    """
 
     manifest: Manifest
     limits: EngineLimits
@@ -209,12 +226,14 @@ class Engine(Protocol):
         """Encode each row's tokens and write their keys and values into the row's pages."""
         ...
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> DenoiseResult:
-        """One denoising step over distinct slots; keeps each row's soft embedding for that slot's next step."""
+    def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
+        """One denoising step of `rows`, which keep their soft embeddings for their slots' next steps; `commits` are
+        encoded beside them, in the same pass where the engine can. All slots are distinct; either may be empty.
+        """
         ...
 
     def release(self, slot: int) -> None:
-        """The canvas in `slot` is over; what the engine laid out for it may be dropped."""
+        """The sequence in `slot` is over, or starts its canvas again; what was laid out for it may be dropped."""
         ...
 
     def close(self) -> None:

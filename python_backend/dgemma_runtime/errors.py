@@ -7,6 +7,7 @@ DGemmaError
 ├── ManifestError       an engine directory is missing, corrupt or does not fit this runtime
 ├── ConfigurationError  a setting of the serving process is wrong
 └── EngineError         the engine failed; the process can no longer serve
+    └── EngineMemoryError  one call found no memory; the engine goes on
 """
 
 from __future__ import annotations
@@ -42,3 +43,7 @@ class ConfigurationError(DGemmaError):
 
 class EngineError(DGemmaError):
     """The engine failed while running; every live request ends with this error."""
+
+
+class EngineMemoryError(EngineError):
+    """An engine call found no memory. Nothing of the call counts, and the engine can go on with less."""

@@ -9,7 +9,15 @@ from typing import Literal, TypeAlias
 from dgemma_runtime.contract import Int32Array
 from dgemma_runtime.statistics import RequestStatistics
 
-FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """How far the prompt is encoded; only for requests with `stream_previews` whose prompt takes several chunks."""
+
+    cached_tokens: int  # of the prompt
+    num_input_tokens: int
 
 
 @dataclass(frozen=True)
@@ -47,5 +55,5 @@ class Finished:
     error: str | None = None
 
 
-Event: TypeAlias = Preview | Commit | Finished
+Event: TypeAlias = Prefill | Preview | Commit | Finished
 Sink: TypeAlias = Callable[[Event], None]

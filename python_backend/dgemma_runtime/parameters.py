@@ -49,6 +49,8 @@ RANGES: Mapping[str, Range] = {
     "temperature": Range(1e-6, 100, whole=False),  # or 0, see `parse_parameters`
     "stability_threshold": Range(0, 1024, whole=True),  # steps
     "confidence_threshold": Range(1e-9, 1e3, whole=False),  # nats
+    "priority": Range(-1000, 1000, whole=True),
+    "deadline_ms": Range(1, 2**31 - 1, whole=True),
 }
 
 # What this runtime cannot do, with the values that ask for nothing: those are let through, anything else is refused.
@@ -97,11 +99,14 @@ class GenerationParameters:
     seed: int | None = None  # None: drawn when the request is submitted
     stream: bool = False
     stream_previews: bool = False
+    priority: int = 0  # lower ones are admitted first and preempted last
+    deadline_ms: int | None = None  # from submission; the request then ends with what it has
+    cache_salt: str = ""  # only requests with the same one share cached prefixes
 
     def __post_init__(self) -> None:
         for name in ("max_denoising_steps", "entropy_bound", "t_min", "t_max"):
             _number(name, getattr(self, name))
-        for name in ("max_tokens", "seed", "stability_threshold", "confidence_threshold"):
+        for name in ("max_tokens", "seed", "stability_threshold", "confidence_threshold", "priority", "deadline_ms"):
             if (value := getattr(self, name)) is not None:
                 _number(name, value)
         if self.t_min > self.t_max:

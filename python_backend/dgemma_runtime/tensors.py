@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dgemma_runtime.errors import InvalidRequest
-from dgemma_runtime.events import Commit, Finished, Preview
+from dgemma_runtime.events import Commit, Finished, Prefill, Preview
 from dgemma_runtime.parameters import RANGES, UNSUPPORTED, GenerationParameters, parse_parameters
 
 Array = npt.NDArray[Any]
@@ -85,6 +85,7 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("num_output_tokens", "INT32", "end"),
     TensorSpec("denoising_steps", "INT32", "end"),
     TensorSpec("statistics", "BYTES", "end"),  # JSON object, the fields of RequestStatistics
+    TensorSpec("prefilled_tokens", "INT32", "prefill"),  # of num_input_tokens
     TensorSpec("preview_output", "BYTES", "canvas"),
     TensorSpec("canvas_index", "INT32", "canvas"),
     TensorSpec("canvas_steps", "INT32", "canvas"),  # denoising steps that this canvas has taken
@@ -255,6 +256,11 @@ def _options(given: dict[str, Any]) -> OutputOptions:
 
 
 # ---------------------------------------------------------------- outputs
+
+
+def prefill_outputs(event: Prefill) -> dict[str, Array]:
+    """While a long prompt is encoded."""
+    return _arrays({"prefilled_tokens": event.cached_tokens, "num_input_tokens": event.num_input_tokens})
 
 
 def preview_outputs(event: Preview) -> dict[str, Array]:

@@ -20,9 +20,9 @@ import triton_python_backend_utils as pb_utils
 
 from dgemma_runtime.assembly import Application, PreparedRequest
 from dgemma_runtime.errors import DGemmaError, InvalidRequest, Overloaded
-from dgemma_runtime.events import Commit, Event, Finished, Preview
+from dgemma_runtime.events import Commit, Event, Finished, Prefill, Preview
 from dgemma_runtime.process_settings import ProcessSettings
-from dgemma_runtime.tensors import Arrays, commit_outputs, finished_outputs, preview_outputs
+from dgemma_runtime.tensors import Arrays, commit_outputs, finished_outputs, prefill_outputs, preview_outputs
 from dgemma_runtime.triton_features import check_triton
 
 _log = logging.getLogger(__name__)
@@ -170,6 +170,8 @@ class _Reply:
         """One response; Finished and exceptions make it the last one."""
         if isinstance(content, Exception):
             self._send_error(content)
+        elif isinstance(content, Prefill):
+            self._send(prefill_outputs(content))
         elif isinstance(content, Preview):
             self._send(preview_outputs(content))
         elif isinstance(content, Commit):

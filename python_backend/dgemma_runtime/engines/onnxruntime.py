@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from dgemma_runtime.contract import (
     SLIDING,
+    CommitRow,
     DenoiseResult,
     DenoiseRow,
     EncodeRow,
@@ -212,7 +213,9 @@ class OnnxRuntimeEngine:
 
     # ------------------------------------------------------------ denoise
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> DenoiseResult:
+    def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
+        if commits:
+            self.encode([EncodeRow(row.token_ids, row.position, row.pages) for row in commits])
         for row in rows:
             if row.first_step:
                 self._place(row)

@@ -16,6 +16,7 @@ import numpy as np
 from dgemma_runtime.contract import (
     FULL,
     SLIDING,
+    CommitRow,
     DenoiseResult,
     DenoiseRow,
     EncodeRow,
@@ -130,7 +131,7 @@ class ScriptedEngine:
             self._context(row.pages, row.position)
             self._write(row)
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> DenoiseResult:
+    def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
         length = self.manifest.model.canvas_length
         slots, positions = tuple(row.slot for row in rows), tuple(row.position for row in rows)
         self._record(EngineCall("denoise", slots, positions, (length,) * len(rows)))

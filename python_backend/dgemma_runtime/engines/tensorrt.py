@@ -15,6 +15,7 @@ import numpy as np
 
 from dgemma_runtime.contract import (
     SLIDING,
+    CommitRow,
     DenoiseResult,
     DenoiseRow,
     EncodeRow,
@@ -111,7 +112,9 @@ class TensorRtEngine:
                 self._pack_tightly()
                 self._encoder.encode(row)
 
-    def denoise(self, rows: Sequence[DenoiseRow]) -> DenoiseResult:
+    def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
+        if commits:
+            self.encode([EncodeRow(row.token_ids, row.position, row.pages) for row in commits])
         starting = [row for row in rows if row.first_step]
         for row in sorted(starting, key=lambda row: -row.position):  # shorter contexts join longer ones
             self._place(row.slot, row.position, row.pages)
