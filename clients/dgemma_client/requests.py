@@ -36,6 +36,9 @@ class Parameters(TypedDict, total=False):
     stability_threshold: int
     confidence_threshold: float
     drafter: str
+    priority: int
+    deadline_ms: int
+    cache_salt: str
     guided_decoding_guide_type: str
     guided_decoding_guide: str
     sampling_parameters: Mapping[str, Any]

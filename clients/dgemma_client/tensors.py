@@ -44,6 +44,9 @@ INPUTS: dict[str, str] = {  # name -> KServe data type; all of shape [n], n = 1 
     "guided_decoding_guide_type": "BYTES",
     "guided_decoding_guide": "BYTES",
     "sampling_parameters": "BYTES",  # JSON object, vLLM style
+    "priority": "INT32",
+    "deadline_ms": "INT32",
+    "cache_salt": "BYTES",
     "stream": "BOOL",
     "stream_previews": "BOOL",
     "return_finish_reason": "BOOL",
@@ -60,6 +63,7 @@ OUTPUTS: dict[str, str] = {  # what this client reads; other outputs are decoded
     "num_output_tokens": "INT32",
     "denoising_steps": "INT32",
     "statistics": "BYTES",  # JSON object
+    "prefilled_tokens": "INT32",
     "preview_output": "BYTES",
     "canvas_index": "INT32",
     "canvas_steps": "INT32",

@@ -13,6 +13,7 @@ from dgemma_runtime.errors import CheckpointError, InvalidRequest
 
 MAX_SEED = 2**64 - 1
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 64, 1024
+MAX_SALT_CHARACTERS = 256
 ADAPTIVE_STOPPING_OFF = -1  # as `stability_threshold` of a request: every canvas takes max_denoising_steps steps
 
 # What the reference falls back to where a checkpoint's generation config leaves a value out
@@ -31,12 +32,14 @@ REFERENCE_DEFAULTS: Mapping[str, float] = {
 class Range:
     """Numbers from `low` to `high`, both included."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     whole: bool
 
     def __str__(self) -> str:
-        return f"{'an integer' if self.whole else 'a number'} from {self.low:g} to {self.high:g}"
+        if self.whole:
+            return f"an integer from {int(self.low)} to {int(self.high)}"
+        return f"a number from {self.low:g} to {self.high:g}"
 
 
 RANGES: Mapping[str, Range] = {
@@ -50,7 +53,7 @@ RANGES: Mapping[str, Range] = {
     "stability_threshold": Range(0, 1024, whole=True),  # steps
     "confidence_threshold": Range(1e-9, 1e3, whole=False),  # nats
     "priority": Range(-1000, 1000, whole=True),
-    "deadline_ms": Range(1, 2**31 - 1, whole=True),
+    "deadline_ms": Range(1, 2**31 - 1, whole=True),  # milliseconds
 }
 
 # What this runtime cannot do, with the values that ask for nothing: those are let through, anything else is refused.
@@ -79,6 +82,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 SUPPORTED = (
     *("max_tokens", "end_id", "stop", "stop_words", "temperature", "seed", "max_denoising_steps", "entropy_bound"),
     *("t_min", "t_max", "stability_threshold", "confidence_threshold", "stream", "stream_previews"),
+    *("priority", "deadline_ms", "cache_salt"),
 )
 
 
@@ -112,6 +116,9 @@ class GenerationParameters:
         if self.t_min > self.t_max:
             raise InvalidRequest("t_min", f"must be at most t_max, got t_min {self.t_min:g} > t_max {self.t_max:g}")
         _check_stop(self.stop)
+        if len(self.cache_salt) > MAX_SALT_CHARACTERS:
+            message = f"must have at most {MAX_SALT_CHARACTERS} characters, got {len(self.cache_salt)}; send its hash"
+            raise InvalidRequest("cache_salt", message)
         if self.stream_previews and not self.stream:
             raise InvalidRequest("stream_previews", "needs stream=true; without it only the final text is sent")
 
@@ -150,11 +157,9 @@ def parse_parameters(values: Mapping[str, object], defaults: GenerationParameter
     }
     _refuse(given)
     changes: dict[str, Any] = {}
-    for name in ("max_tokens", "seed", "max_denoising_steps", "entropy_bound", "t_min", "t_max"):
-        if name in given:
+    for name in RANGES:
+        if name in given and name not in ("temperature", "stability_threshold"):  # these have a value outside of theirs
             changes[name] = _number(name, given[name])
-    if "confidence_threshold" in given:
-        changes["confidence_threshold"] = _number("confidence_threshold", given["confidence_threshold"])
     if "stability_threshold" in given:
         changes |= _adaptive_stopping(given["stability_threshold"], defaults)
     if "temperature" in given:
@@ -166,6 +171,8 @@ def parse_parameters(values: Mapping[str, object], defaults: GenerationParameter
     for name in ("stop", "stop_words"):
         if name in given:
             changes["stop"] = _strings(name, given[name])
+    if "cache_salt" in given:
+        changes["cache_salt"] = _string("cache_salt", given["cache_salt"])
     for name in ("stream", "stream_previews"):
         if name in given:
             changes[name] = _boolean(name, given[name])
@@ -227,6 +234,12 @@ def _end_ids(value: object) -> tuple[int, ...]:
         if not isinstance(item, int | np.integer) or isinstance(item, bool) or not 0 <= item < 2**31:
             raise InvalidRequest("end_id", f"must be a token id or a list of them, or -1 for none, got {_shown(value)}")
     return tuple(int(item) for item in items)
+
+
+def _string(name: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise InvalidRequest(name, f"must be a string, got {_shown(value)}")
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

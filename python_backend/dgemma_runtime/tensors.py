@@ -65,6 +65,9 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("stability_threshold", "INT32", "diffusion"),
     TensorSpec("confidence_threshold", "FP32", "diffusion"),
     TensorSpec("drafter", "BYTES", "diffusion"),
+    TensorSpec("priority", "INT32", "scheduling"),
+    TensorSpec("deadline_ms", "INT32", "scheduling"),
+    TensorSpec("cache_salt", "BYTES", "scheduling"),
     TensorSpec("stream", "BOOL", "output"),
     TensorSpec("stream_previews", "BOOL", "output"),
     TensorSpec("exclude_input_in_output", "BOOL", "output"),
@@ -93,7 +96,7 @@ OUTPUTS: tuple[TensorSpec, ...] = (
 _INPUT_SPECS = {spec.name: spec for spec in INPUTS}
 _OUTPUT_SPECS = {spec.name: spec for spec in OUTPUTS}
 _PROMPTS = tuple(spec.name for spec in INPUTS if spec.group == "prompt")
-_TEXT_PARAMETERS = {"stop", "stop_words", "bad_words", "drafter", "guided_decoding_guide_type", "guided_decoding_guide"}
+_TEXT_PARAMETERS = {"stop"} | {spec.name for spec in INPUTS if spec.datatype == "BYTES"}
 _RESERVED_PREFIX = "triton_"  # request parameters that Triton's front ends set for themselves
 
 

@@ -80,15 +80,21 @@ def test_both_ends_of_a_range_are_in_it(name: str) -> None:
     ends: list[object] = [kind(allowed.low), kind(allowed.high)]
     for value in ends:
         parse_parameters({**excluded, name: value}, DEFAULTS)
-    odd: list[object] = [kind(allowed.high) + kind(1), -5, math.nan, math.inf, -math.inf, "5", True, [1], {}]
+    odd: list[object] = [kind(allowed.high) + kind(1), -1001, math.nan, math.inf, -math.inf, "5", True, [1], {}]
     if allowed.whole:
         odd.append(1.5)
     for value in odd:
         with pytest.raises(InvalidRequest) as caught:
             parse_parameters({**excluded, name: value}, DEFAULTS)
         assert caught.value.field == name
-        assert f"from {allowed.low:g} to {allowed.high:g}" in str(caught.value)
+        assert str(allowed) in str(caught.value)
         assert "got" in str(caught.value)
+
+
+def test_ranges_read_as_they_were_written() -> None:
+    assert str(RANGES["seed"]) == f"an integer from 0 to {2**64 - 1}"
+    assert str(RANGES["deadline_ms"]) == "an integer from 1 to 2147483647"
+    assert str(RANGES["entropy_bound"]) == "a number from 1e-09 to 1e+06"
 
 
 def test_zero_is_in_range_only_where_it_has_a_meaning() -> None:
@@ -146,6 +152,22 @@ def test_stop_strings(name: str) -> None:
 def test_stop_and_its_other_name_exclude_each_other() -> None:
     with pytest.raises(InvalidRequest, match="another name of stop"):
         parse_parameters({"stop": "a", "stop_words": "b"}, DEFAULTS)
+
+
+def test_scheduling() -> None:
+    parameters = parse_parameters({"priority": -3, "deadline_ms": 250, "cache_salt": "tenant é"}, DEFAULTS)
+    assert (parameters.priority, parameters.deadline_ms, parameters.cache_salt) == (-3, 250, "tenant é")
+    assert (DEFAULTS.priority, DEFAULTS.deadline_ms, DEFAULTS.cache_salt) == (0, None, "")
+    assert parse_parameters({"priority": np.int32(0), "cache_salt": ""}, DEFAULTS) == DEFAULTS
+
+
+def test_a_cache_salt_is_a_short_string() -> None:
+    assert parse_parameters({"cache_salt": "é" * 256}, DEFAULTS).cache_salt == "é" * 256
+    with pytest.raises(InvalidRequest, match="cache_salt: must have at most 256 characters, got 257; send its hash"):
+        parse_parameters({"cache_salt": "x" * 257}, DEFAULTS)
+    for odd in (5, True, ["x"], b"x"):
+        with pytest.raises(InvalidRequest, match="cache_salt: must be a string, got"):
+            parse_parameters({"cache_salt": odd}, DEFAULTS)
 
 
 def test_streams() -> None:

@@ -13,7 +13,7 @@ from google.protobuf import text_format  # type: ignore[import-untyped]
 from tritonclient.grpc import model_config_pb2
 
 from dgemma_runtime.errors import InvalidRequest
-from dgemma_runtime.events import Commit, Finished, Preview
+from dgemma_runtime.events import Commit, Finished, Prefill, Preview
 from dgemma_runtime.parameters import SUPPORTED, UNSUPPORTED, default_parameters
 from dgemma_runtime.statistics import RequestStatistics
 from dgemma_runtime.tensors import (
@@ -27,6 +27,7 @@ from dgemma_runtime.tensors import (
     commit_outputs,
     finished_outputs,
     parse_request,
+    prefill_outputs,
     preview_outputs,
 )
 
@@ -77,15 +78,17 @@ def test_every_parameter_tensor_is_known_to_the_parameters() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
-@pytest.mark.parametrize("spec", [s for s in INPUTS if not s.many and s.group == "diffusion"], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec", [s for s in INPUTS if not s.many and s.group in ("diffusion", "scheduling")], ids=lambda s: s.name
+)
 def test_scalars_come_in_one_or_two_dimensions(spec: TensorSpec, shape: tuple[int, ...]) -> None:
-    value = {"drafter": b"off", "t_min": 0.2, "t_max": 0.9}.get(spec.name, 1)
+    value = {"drafter": b"off", "cache_salt": b"x", "t_min": 0.2, "t_max": 0.9}.get(spec.name, 1)
     given: dict[str, Any] = {spec.name: np.array([value], NUMPY_TYPES[spec.datatype]).reshape(shape)}
     parsed = parse(**given)
     if spec.name != "drafter":
         found = getattr(parsed.parameters, spec.name)
-        assert found == value
-        assert type(found) is (float if spec.datatype == "FP32" else int)
+        assert found == ("x" if value == b"x" else value)
+        assert type(found) is {"FP32": float, "BYTES": str}.get(spec.datatype, int)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 1, 1), (0,), ()])
@@ -184,10 +187,13 @@ class TestJsonParameters:
 
     def test_numbers_may_be_strings(self, source: str) -> None:
         parsed = self.parse(source, '{"max_tokens": "5", "temperature": "0", "stream": "true", "top_p": "1.0"}')
+        assert self.parse(source, '{"priority": "-5"}').parameters.priority == -5
         assert (parsed.parameters.max_tokens, parsed.parameters.greedy, parsed.parameters.stream) == (5, True, True)
 
     def test_texts_stay_texts(self, source: str) -> None:
         assert self.parse(source, '{"stop": "5"}').parameters.stop == ("5",)
+        assert self.parse(source, '{"cache_salt": "5"}').parameters.cache_salt == "5"
+        assert self.parse(source, '{"cache_salt": "true"}').parameters.cache_salt == "true"
 
     def test_unknown_names_are_refused(self, source: str) -> None:
         with pytest.raises(InvalidRequest, match="temprature: is not a known parameter; known are"):
@@ -237,6 +243,7 @@ def test_every_output_has_the_type_and_shape_of_the_table() -> None:
         **finished_outputs(FINISHED, OutputOptions(), "abc", [1, 2, 3]),
         **commit_outputs(Commit("é", np.array([4], np.int32), 1, 6), "before ", [8, 9]),
         **preview_outputs(Preview("x", 1, 2, np.array([4], np.int32))),
+        **prefill_outputs(Prefill(512, 4096)),
     }
     assert {spec.name for spec in OUTPUTS} == set(events)
     for spec in OUTPUTS:
@@ -246,6 +253,7 @@ def test_every_output_has_the_type_and_shape_of_the_table() -> None:
     assert events["text_output"][0] == "before é".encode()
     assert events["output_ids"].tolist() == [8, 9, 4]
     assert json.loads(events["statistics"][0])["total_ms"] == STATISTICS.total_ms
+    assert (events["prefilled_tokens"].tolist(), events["num_input_tokens"].tolist()) == ([512], [4096])
 
 
 def test_output_options_leave_outputs_out() -> None:
