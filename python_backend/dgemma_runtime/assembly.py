@@ -63,9 +63,11 @@ class Application:
                 raise
         return application
 
-    def prepare(self, tensors: Arrays, request_parameters: str, request_id: str) -> PreparedRequest:
+    def prepare(
+        self, tensors: Arrays, request_parameters: str, request_id: str, timeout_us: int = 0
+    ) -> PreparedRequest:
         """From what Triton hands over; raises InvalidRequest."""
-        parsed = parse_request(tensors, request_parameters, self.service.defaults)
+        parsed = parse_request(tensors, request_parameters, self.service.defaults, timeout_us)
         given = parsed.prompt
         prompt, is_chat = (self._render(given), True) if isinstance(given, Chat) else (given, False)
         request = GenerationRequest(prompt, parsed.parameters, request_id, is_chat)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,11 +128,14 @@ class ParsedRequest:
     options: OutputOptions
 
 
-def parse_request(tensors: Arrays, request_parameters: str, defaults: GenerationParameters) -> ParsedRequest:
+def parse_request(
+    tensors: Arrays, request_parameters: str, defaults: GenerationParameters, timeout_us: int = 0
+) -> ParsedRequest:
     """From the tensors of a request and Triton's own `parameters` of it (a JSON object, or "").
 
     A parameter may be a tensor, a key of the `sampling_parameters` tensor, or one of Triton's request parameters (what
-    `/generate` makes of keys that are not tensors), but not two of them. Raises InvalidRequest naming the input.
+    `/generate` makes of keys that are not tensors), but not two of them. `timeout_us` is the timeout that KServe's
+    requests may have (0: none), the deadline where `deadline_ms` is not given. Raises InvalidRequest naming the input.
     """
     given: dict[str, Any] = {}
     for name, array in tensors.items():
@@ -148,6 +151,9 @@ def parse_request(tensors: Arrays, request_parameters: str, defaults: Generation
     if not options.exclude_input_in_output and isinstance(prompt, np.ndarray):
         message = "false needs the prompt as text_input or messages; the text of input_ids is not known"
         raise InvalidRequest("exclude_input_in_output", message)
+    if timeout_us:
+        deadline_ms = min(-(-timeout_us // 1000), int(RANGES["deadline_ms"].high))
+        defaults = replace(defaults, deadline_ms=deadline_ms)
     return ParsedRequest(prompt, parse_parameters(given, defaults), options)
 
 

@@ -87,7 +87,7 @@ class TritonBackend:
 
     def _submit(self, request: Any, reply: _Reply) -> None:
         tensors: Arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        prepared = self._application.prepare(tensors, request.parameters(), reply.request_id)
+        prepared = self._application.prepare(tensors, request.parameters(), reply.request_id, request.timeout())
         reply.prepared = prepared
         parameters = prepared.request.parameters
 

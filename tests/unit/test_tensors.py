@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,17 @@ class TestJsonParameters:
             self.parse(source, '{"return_finish_reason": 3}')
 
 
+def test_a_request_s_timeout_is_its_deadline_where_it_names_none() -> None:
+    def deadline_ms(timeout_us: int, **values: Any) -> int | None:
+        tensors = arrays({"text_input": b"hi"} | values)
+        return parse_request(tensors, "", DEFAULTS, timeout_us).parameters.deadline_ms
+
+    assert [deadline_ms(timeout_us) for timeout_us in (0, 1, 1000, 1001, 250_000)] == [None, 1, 1, 2, 250]
+    assert deadline_ms(2**64 - 1) == 2**31 - 1
+    assert deadline_ms(5_000, deadline_ms=70) == 70
+    assert deadline_ms(5_000, sampling_parameters=b'{"deadline_ms": 70}') == 70
+
+
 def test_what_triton_sets_for_itself_is_let_through() -> None:
     assert parse('{"triton_enable_empty_final_response": true}') == parse()
     assert parse(sampling_parameters=b"") == parse()
@@ -234,7 +246,7 @@ def test_what_triton_sets_for_itself_is_let_through() -> None:
 
 # ---------------------------------------------------------------- outputs
 
-STATISTICS = RequestStatistics(7, 3, 5, 1, 0.6, 0.1, 0.2, 0.3, 0.4, 0.5)
+STATISTICS = RequestStatistics(**{figure.name: number for number, figure in enumerate(fields(RequestStatistics))})
 FINISHED = Finished("stop", "abc", np.array([1, 2, 3], np.int32), STATISTICS)
 
 
@@ -252,7 +264,7 @@ def test_every_output_has_the_type_and_shape_of_the_table() -> None:
         assert spec.many or events[spec.name].shape == (1,)
     assert events["text_output"][0] == "before é".encode()
     assert events["output_ids"].tolist() == [8, 9, 4]
-    assert json.loads(events["statistics"][0])["total_ms"] == STATISTICS.total_ms
+    assert json.loads(events["statistics"][0]) == asdict(STATISTICS)
     assert (events["prefilled_tokens"].tolist(), events["num_input_tokens"].tolist()) == ([512], [4096])
 
 
