@@ -25,6 +25,7 @@ from typing import IO, Any
 from dgemma_runtime.contract import Manifest
 from dgemma_runtime.errors import ConfigurationError, DGemmaError
 from dgemma_runtime.process_settings import SETTINGS_VARIABLE, ProcessSettings
+from dgemma_runtime.repository import model_facts, stage_repository
 from dgemma_runtime.settings import plan_limits
 from dgemma_runtime.triton_install import TritonInstall, find_triton
 
@@ -169,6 +170,8 @@ def start_server(settings: ProcessSettings, options: ServerOptions, log_to_file:
             f"{options.model_repository}: no model repository with {MODEL_NAME}; name the one of the source tree"
         )
     run_directory = Path(tempfile.mkdtemp(prefix="dgemma-server-"))
+    facts = model_facts(manifest, settings.runtime)
+    repository = stage_repository(options.model_repository, run_directory / "models", MODEL_NAME, facts)
     drain, failure = _drain_file(run_directory), _failure_file(run_directory)
     placed = replace(settings, engine=settings.engine.resolve(), drain_file=drain, failure_file=failure)
     environment = install.environment(os.environ) | {SETTINGS_VARIABLE: placed.to_json()}
@@ -177,7 +180,7 @@ def start_server(settings: ProcessSettings, options: ServerOptions, log_to_file:
         if log_to_file:
             output = stack.enter_context((run_directory / "server.log").open("wb"))
         process = subprocess.Popen(
-            command(install, options, run_directory),
+            command(install, replace(options, model_repository=repository), run_directory),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
