@@ -65,6 +65,8 @@ class Manifest:
     generation_defaults: dict[str, Any]  # of the checkpoint's generation_config.json
     max_encode_tokens: int = 0  # of one row in one encode call; 0 where the engine sets no limit
     scratch_bytes: int = 0  # device memory that a call works in, as the builder reports it; 0 where it does not
+    num_attention_heads: int = 0  # this and the next say what a call works in where the builder does not report it
+    layer_values: int = 0  # of one token in one layer: residual stream, dense MLP, the chosen experts' rows
     format_version: int = FORMAT_VERSION
 
     def save(self, directory: Path) -> None:
@@ -233,7 +235,10 @@ class Engine(Protocol):
         ...
 
     def release(self, slot: int) -> None:
-        """The sequence in `slot` is over, or starts its canvas again; what was laid out for it may be dropped."""
+        """The sequence in `slot` is over, or starts its canvas again; what was laid out for it may be dropped.
+
+        Also called for the slots of a call that found no memory, whether anything was laid out there or not.
+        """
         ...
 
     def close(self) -> None:

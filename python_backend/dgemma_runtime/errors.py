@@ -26,7 +26,7 @@ class InvalidRequest(DGemmaError):
 
 
 class Overloaded(DGemmaError):
-    """The request queue is full."""
+    """The request queue is full, or the server is shutting down; the message says when to try again."""
 
 
 class CheckpointError(DGemmaError):

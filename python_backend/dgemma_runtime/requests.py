@@ -14,6 +14,7 @@ from dgemma_runtime.events import Sink
 from dgemma_runtime.noise import CanvasNoise
 from dgemma_runtime.pages import PageTable
 from dgemma_runtime.parameters import GenerationParameters
+from dgemma_runtime.prefix import PageKeys
 from dgemma_runtime.statistics import RequestStatistics
 
 
@@ -40,14 +41,18 @@ class Timeline:
 
     submitted: int
     engine_at_submission: int  # the service's engine time then
-    admitted: int = 0
+    admitted: int = 0  # for the first time
     prefilled: int = 0
     first_commit: int = 0
+    canvas_started: int = 0  # the present one, or the last
 
 
 @dataclass(eq=False)
 class LiveRequest:
-    """An accepted request: waiting, then prefill, then canvas after canvas until its output ends."""
+    """An accepted request: waiting, then prefill, then canvas after canvas until its output ends.
+
+    Where its pages are taken away it waits again, keeps its tokens, and starts its canvas again from the same noise.
+    """
 
     request_id: str
     prompt_ids: Int32Array  # [num_input_tokens]
@@ -58,18 +63,42 @@ class LiveRequest:
     sink: Sink
     is_cancelled: Callable[[], bool]
     timeline: Timeline
-    uncached: Int32Array = field(init=False)  # [n], known tokens that are not in the cache yet
+    keys: PageKeys | None = None  # None where it neither looks for cached prefixes nor leaves any
+    arrival: int = 0  # order of submission, set by the scheduler
+    tokens: Int32Array = field(init=False)  # [n], all that are known: the prompt and the canvases emitted
     cached_tokens: int = 0
+    exact_tokens: int = 0  # cached in the very pieces in which they would be without company and without a cache
+    prefix_tokens: int | None = None  # of the prompt, found in the cache; None before the first admission
     slot: int = -1  # -1 while waiting
     pages: PageTable | None = None
     canvas: Canvas | None = None  # None until all known tokens are cached
     canvas_index: int = 0  # canvases emitted before the current one
+    laid_out: bool = False  # the engine has this sequence's last or present canvas in its slot
     denoising_steps: int = 0
+    preemptions: int = 0
     cancel_requested: bool = False
     finished: bool = False
 
     def __post_init__(self) -> None:
-        self.uncached = self.prompt_ids
+        self.tokens = self.prompt_ids
+        if self.keys is not None:
+            self.keys.extend(self.tokens)
+
+    @property
+    def uncached(self) -> Int32Array:
+        """[n], known tokens that are not in the cache yet."""
+        return self.tokens[self.cached_tokens :]
+
+    @property
+    def is_exact(self) -> bool:
+        """Asked for with a seed: it uses of the cache only what has the bits that it would compute itself."""
+        return self.parameters.seed is not None
+
+    @property
+    def deadline(self) -> int | None:
+        """In nanoseconds of the monotonic clock."""
+        limit = self.parameters.deadline_ms
+        return None if limit is None else self.timeline.submitted + limit * 1_000_000
 
     def start_canvas(self, canvas_length: int, vocab_size: int) -> Canvas:
         """Fresh noise for the next canvas."""
@@ -79,16 +108,33 @@ class LiveRequest:
 
     def end_canvas(self, argmax_ids: Int32Array) -> None:
         """The canvas is emitted and the output goes on: its tokens [canvas_length] are to be encoded."""
-        self.uncached = argmax_ids
+        self.tokens = np.concatenate([self.tokens, argmax_ids])
+        if self.keys is not None:
+            self.keys.extend(self.tokens)
         self.canvas = None
         self.canvas_index += 1
 
-    def encoded(self, tokens: int) -> None:
-        """The first `tokens` of the uncached tokens are in the cache now."""
+    def encoded(self, tokens: int, exact: bool = False) -> None:
+        """The first `tokens` of the uncached ones are in the cache now; `exact`: as one of the prompt's own chunks."""
         assert self.pages is not None
+        if exact and self.exact_tokens == self.cached_tokens:
+            self.exact_tokens += tokens
         self.cached_tokens += tokens
-        self.uncached = self.uncached[tokens:]
+        if self.keys is not None:
+            self.pages.publish(self.keys.keys, self.cached_tokens, self.exact_tokens)
         self.pages.trim(self.cached_tokens)
+
+    def restart_canvas(self) -> None:
+        """The canvas under way is given up; its next step is its first."""
+        self.canvas = None
+        self.laid_out = False
+
+    def preempted(self) -> None:
+        """Pages and slot are gone."""
+        self.restart_canvas()
+        self.pages, self.slot = None, -1
+        self.cached_tokens = self.exact_tokens = 0
+        self.preemptions += 1
 
     def statistics(self, now: int, engine_ns: int) -> RequestStatistics:
         """At the end, `now`; `engine_ns` is the service's engine time."""
@@ -101,6 +147,8 @@ class LiveRequest:
             denoising_steps=self.denoising_steps,
             canvases=self.canvas_index,
             tokens_per_forward=tokens / self.denoising_steps if self.denoising_steps else 0.0,
+            prefix_tokens=self.prefix_tokens or 0,
+            preemptions=self.preemptions,
             queue_ms=_ms(admitted - line.submitted),
             prefill_ms=_ms((line.prefilled or now) - admitted),
             time_to_first_canvas_ms=_ms(line.first_commit - line.submitted) if line.first_commit else None,

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import math
 import threading
 import time
-import uuid
+from collections import deque
 from collections.abc import Callable
-
-import numpy as np
 
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.codec import Codec
-from dgemma_runtime.contract import DenoiseResult, EncodeRow, Engine, Int32Array
-from dgemma_runtime.detokenizer import OutputText
-from dgemma_runtime.errors import DGemmaError, EngineError, InvalidRequest, Overloaded
-from dgemma_runtime.events import Commit, Event, Finished, FinishReason, Preview, Sink
+from dgemma_runtime.contract import CommitRow, DenoiseResult, EncodeRow, Engine
+from dgemma_runtime.errors import DGemmaError, EngineError, EngineMemoryError, Overloaded
+from dgemma_runtime.events import Commit, Event, Finished, FinishReason, Prefill, Preview, Sink
+from dgemma_runtime.intake import Intake
+from dgemma_runtime.observer import Observer
 from dgemma_runtime.parameters import GenerationParameters
-from dgemma_runtime.requests import GenerationRequest, LiveRequest, Timeline, as_token_ids
-from dgemma_runtime.scheduler import Plan, Scheduler
+from dgemma_runtime.requests import GenerationRequest, LiveRequest, Timeline
+from dgemma_runtime.scheduler import Plan, Preempted, Scheduler
 from dgemma_runtime.settings import RuntimeSettings
 from dgemma_runtime.statistics import ServiceStatistics, Stopwatch
 
@@ -28,6 +27,7 @@ __all__ = ["Commit", "Event", "Finished", "GenerationRequest", "Preview", "Servi
 _log = logging.getLogger(__name__)
 SHUTDOWN = "the server is shutting down"  # the error of requests that its end has ended
 _STUCK_S = 30.0  # how long `stop` waits for an engine call to return before it gives the thread up
+_LONGEST_HINT_S = 60
 
 
 def _never() -> bool:
@@ -41,19 +41,28 @@ class Service:
     called on the engine thread and must return quickly.
     """
 
-    def __init__(self, engine: Engine, codec: Codec, settings: RuntimeSettings, defaults: GenerationParameters) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        codec: Codec,
+        settings: RuntimeSettings,
+        defaults: GenerationParameters,
+        observer: Observer | None = None,
+    ) -> None:
         self.codec = codec
         self.defaults = defaults
         self.max_model_len = settings.context_length(engine.manifest)  # tokens, prompt and output together
         self.failure: str | None = None
         self._engine, self._model = engine, engine.manifest.model
-        chunk = min(settings.prefill_chunk, engine.limits.max_encode_tokens)
-        self._scheduler = Scheduler(self._model, engine.limits, chunk, settings.prefill_budget, settings.queue_size)
+        self._scheduler = Scheduler(self._model, engine.limits, settings)
+        self._intake = Intake(codec, self._model.vocab_size, self.max_model_len, self._scheduler.make_keys)
+        self._observer = observer or Observer()
         self._changed = threading.Condition()  # guards the scheduler, `finished` of requests, and these two
         self._draining = self._aborting = False
         self._thread: threading.Thread | None = None
         self._ticks = self._canvas_steps = self._encoded_tokens = 0
         self._engine_time, self._busy_time = Stopwatch(), Stopwatch()
+        self._admissions: deque[int] = deque(maxlen=32)  # moments of the last ones
 
     # ------------------------------------------------------------ any thread
 
@@ -74,12 +83,18 @@ class Service:
 
         Raises InvalidRequest, Overloaded, or EngineError when the engine has failed; then the sink is never called.
         """
-        self._check_accepting()
-        live = self._accept(request, sink, is_cancelled)
-        with self._changed:
+        try:
             self._check_accepting()
-            self._scheduler.add(live)
-            self._changed.notify()
+            timeline = Timeline(time.monotonic_ns(), self._engine_time.read_ns())
+            live = self._intake.accept(request, sink, is_cancelled, timeline)
+            with self._changed:
+                self._check_accepting()
+                self._add(live)
+                self._observer.submitted(live)
+                self._changed.notify()
+        except DGemmaError as error:
+            self._observer.refused(request.request_id, type(error).__name__)
+            raise
         return live.request_id
 
     def cancel(self, request_id: str) -> bool:
@@ -114,77 +129,46 @@ class Service:
         engine_ns = self._engine_time.read_ns()  # before the time it is a part of
         host_ns = self._busy_time.read_ns() - engine_ns
         with self._changed:
+            scheduler = self._scheduler
+            full, sliding = scheduler.full_pages, scheduler.sliding_pages
             return ServiceStatistics(
                 ticks=self._ticks,
                 canvas_steps=self._canvas_steps,
                 encoded_tokens=self._encoded_tokens,
                 engine_ms=engine_ns / 1e6,
                 host_ms=host_ns / 1e6,
-                requests_waiting=self._scheduler.waiting,
-                requests_running=self._scheduler.running,
-                full_pages_used=self._scheduler.full_pages.used,
-                sliding_pages_used=self._scheduler.sliding_pages.used,
+                requests_waiting=scheduler.waiting,
+                requests_running=scheduler.running,
+                full_pages_used=full.used,
+                sliding_pages_used=sliding.used,
+                full_pages_idle=full.idle,
+                sliding_pages_idle=sliding.idle,
+                prefix_queries=scheduler.prefix_queries,
+                prefix_hits=scheduler.prefix_hits,
+                evictions=full.evictions + sliding.evictions,
+                preemptions=scheduler.preemptions,
             )
 
     def _check_accepting(self) -> None:
         if self.failure is not None:
             raise EngineError(self.failure)
         if self._draining:
-            raise Overloaded(SHUTDOWN)
+            raise Overloaded(f"{SHUTDOWN}; try again on another one, or when it is back")
         if self._thread is None:
             raise EngineError("the service was not started")
 
-    def _accept(self, request: GenerationRequest, sink: Sink, is_cancelled: Callable[[], bool]) -> LiveRequest:
-        timeline = Timeline(time.monotonic_ns(), self._engine_time.read_ns())
-        parameters = request.parameters
-        prompt_ids = self._prompt_ids(request)
-        for end_id in parameters.end_ids:
-            if end_id >= self._model.vocab_size:
-                raise InvalidRequest("end_id", f"must be from 0 to {self._model.vocab_size - 1}, got {end_id}")
-        max_tokens = self._max_tokens(request.prompt_field, len(prompt_ids), parameters.max_tokens)
-        return LiveRequest(
-            request_id=request.request_id or uuid.uuid4().hex,
-            prompt_ids=prompt_ids,
-            parameters=parameters,
-            seed=secrets.randbits(64) if parameters.seed is None else parameters.seed,
-            max_tokens=max_tokens,
-            output=OutputText(self.codec, max_tokens, parameters.end_ids, parameters.stop),
-            sink=sink,
-            is_cancelled=is_cancelled,
-            timeline=timeline,
-        )
+    def _add(self, request: LiveRequest) -> None:
+        try:
+            self._scheduler.add(request)
+        except Overloaded as error:
+            raise Overloaded(f"{error}; try again in about {self._retry_after_s()} s") from None
 
-    def _prompt_ids(self, request: GenerationRequest) -> Int32Array:
-        prompt, field = request.prompt, request.prompt_field
-        if isinstance(prompt, str):
-            if not prompt:
-                raise InvalidRequest(field, "is empty; send at least one character")
-            return self.codec.encode(prompt, field)
-        if prompt.size == 0:
-            raise InvalidRequest(field, "is empty; send at least one token id")
-        if not np.issubdtype(prompt.dtype, np.integer):
-            raise InvalidRequest(field, f"must be integers, got {prompt.dtype}")
-        outside = prompt[(prompt < 0) | (prompt >= self._model.vocab_size)]
-        if outside.size:
-            last = self._model.vocab_size - 1
-            raise InvalidRequest(field, f"token ids must be from 0 to {last}, got {outside.flat[0]}")
-        return as_token_ids(prompt)
-
-    def _max_tokens(self, field: str, prompt_tokens: int, asked: int | None) -> int:
-        context = f"this model's maximum context length is {self.max_model_len} tokens"
-        left = self.max_model_len - prompt_tokens
-        if left < 1:
-            raise InvalidRequest(
-                field,
-                f"{context}, the prompt has {prompt_tokens}; shorten it by at least {1 - left} to leave room for one",
-            )
-        if asked is not None and asked > left:
-            raise InvalidRequest(
-                "max_tokens",
-                f"{context}, but the prompt has {prompt_tokens} and max_tokens asks for {asked} more "
-                f"({prompt_tokens + asked} together); ask for at most {left}",
-            )
-        return left if asked is None else asked
+    def _retry_after_s(self) -> int:
+        """Until a place in the queue may be free: the time between the last admissions, and at least a second."""
+        if len(self._admissions) < 2:
+            return 1
+        between_s = (time.monotonic_ns() - self._admissions[0]) / 1e9 / len(self._admissions)
+        return min(max(1, math.ceil(between_s)), _LONGEST_HINT_S)
 
     # ------------------------------------------------------------ engine thread
 
@@ -192,10 +176,7 @@ class Service:
         try:
             while self._wait_for_work():
                 with self._busy_time.running():
-                    self._drop_cancelled()
-                    plan = self._schedule()
-                    result = self._execute(plan)
-                    self._postprocess(plan, result)
+                    self._tick()
             for request in self._scheduler.live():  # nothing is added any more
                 self._finish(request, "error", SHUTDOWN)
         except BaseException as error:  # noqa: BLE001 - whatever ends this thread, nobody may wait for it for ever
@@ -210,9 +191,30 @@ class Service:
                 self._changed.wait()
             return not self._aborting and bool(self._scheduler.waiting or self._scheduler.running)
 
-    def _drop_cancelled(self) -> None:
+    def _tick(self) -> None:
+        self._ticks += 1
+        self._drop_ended()
+        plan = self._schedule()
+        try:
+            prefill_ns = self._encode(plan)
+            result, denoise_ns = self._denoise(plan)
+        except EngineMemoryError as error:
+            self._make_room(plan, error)
+            return
+        with self._changed:
+            self._scheduler.spent(plan, prefill_ns, denoise_ns)
+        for chunk in plan.encode:
+            request, length = chunk.request, len(chunk.request.prompt_ids)
+            if request.parameters.stream_previews and request.cached_tokens < length:
+                self._send(request, Prefill(request.cached_tokens, length))
+        if result is not None:
+            self._postprocess(plan, result)
+
+    def _drop_ended(self) -> None:
+        """End what was cancelled, or is over its deadline."""
         with self._changed:
             live = self._scheduler.live()
+        now = time.monotonic_ns()
         for request in live:
             try:
                 cancelled = request.cancel_requested or request.is_cancelled()
@@ -221,50 +223,102 @@ class Service:
                 cancelled = True
             if cancelled:
                 self._finish(request, "cancelled")
+            elif request.deadline is not None and now >= request.deadline:
+                self._finish(request, "deadline")
 
     def _schedule(self) -> Plan:
         with self._changed:
             plan = self._scheduler.plan()
+        for preempted in plan.preempted:
+            self._preempted(preempted)
         for request in plan.admitted:
-            request.timeline.admitted = time.monotonic_ns()
-        self._ticks += 1
+            now = time.monotonic_ns()
+            request.timeline.admitted = request.timeline.admitted or now
+            self._admissions.append(now)
+            self._observer.admitted(request)
         return plan
 
-    def _execute(self, plan: Plan) -> DenoiseResult | None:
-        """The two engine calls of a tick."""
-        if plan.encode:
-            rows = []
-            for chunk in plan.encode:
-                request = chunk.request
-                assert request.pages is not None
-                rows.append(EncodeRow(request.uncached[: chunk.tokens], request.cached_tokens, request.pages.view))
-                self._encoded_tokens += chunk.tokens
-            with self._engine_time.running():
-                self._engine.encode(rows)
-            with self._changed:  # gives pages back
-                for chunk in plan.encode:
-                    chunk.request.encoded(chunk.tokens)
-        if not plan.denoise:
-            return None
-        denoise_rows = []
+    def _preempted(self, preempted: Preempted) -> None:
+        if preempted.slot is not None:
+            self._engine.release(preempted.slot)
+        self._observer.preempted(preempted.request)
+
+    def _encode(self, plan: Plan) -> int:
+        """Prefill; returns its time in nanoseconds."""
+        if not plan.encode:
+            return 0
+        rows = []
+        for chunk in plan.encode:
+            request = chunk.request
+            assert request.pages is not None
+            rows.append(EncodeRow(request.uncached[: chunk.tokens], request.cached_tokens, request.pages.view))
+        started = time.monotonic_ns()
+        with self._engine_time.running():
+            self._engine.encode(rows)
+        ended = time.monotonic_ns()
+        for chunk in plan.encode:
+            self._encoded(chunk.request, chunk.tokens, exact=self._scheduler.is_own_chunk(chunk.request, chunk.tokens))
+            self._observer.prefilled(chunk.request, chunk.tokens, started, ended)
+        return ended - started
+
+    def _encoded(self, request: LiveRequest, tokens: int, exact: bool = False) -> None:
+        self._encoded_tokens += tokens
+        with self._changed:  # publishes pages and gives some back
+            request.encoded(tokens, exact)
+
+    def _denoise(self, plan: Plan) -> tuple[DenoiseResult | None, int]:
+        """One step of the canvases, commits beside it, and its time in nanoseconds."""
+        if not plan.denoise and not plan.commit:
+            return None, 0
+        rows = []
         for request in plan.denoise:
             canvas = request.canvas or self._start_canvas(request)
             assert request.pages is not None
-            denoise_rows.append(canvas.row(request.slot, request.cached_tokens, request.pages.view))
+            rows.append(canvas.row(request.slot, request.cached_tokens, request.pages.view))
+        commits = []
+        for request in plan.commit:
+            assert request.pages is not None
+            commits.append(CommitRow(request.slot, request.uncached, request.cached_tokens, request.pages.view))
+        for request in plan.denoise:
+            request.laid_out = True
+        started = time.monotonic_ns()
         with self._engine_time.running():
-            result = self._engine.denoise(denoise_rows)
-        self._canvas_steps += len(denoise_rows)
-        assert result.argmax_ids.shape == (len(denoise_rows), self._model.canvas_length)
-        return result
+            result = self._engine.denoise(rows, commits)
+        ended = time.monotonic_ns()
+        self._canvas_steps += len(rows)
+        assert result.argmax_ids.shape == (len(rows), self._model.canvas_length)
+        self._observer.stepped(len(rows), len(commits), started, ended)
+        for request in plan.commit:
+            self._encoded(request, len(request.uncached))
+            self._observer.encoded(request, started, ended)
+        return result, ended - started
 
     def _start_canvas(self, request: LiveRequest) -> Canvas:
-        if request.canvas_index == 0:
-            request.timeline.prefilled = time.monotonic_ns()
+        now = time.monotonic_ns()
+        request.timeline.prefilled = request.timeline.prefilled or now
+        request.timeline.canvas_started = now
         return request.start_canvas(self._model.canvas_length, self._model.vocab_size)
 
-    def _postprocess(self, plan: Plan, result: DenoiseResult | None) -> None:
-        if result is None:
+    def _make_room(self, plan: Plan, error: EngineMemoryError) -> None:
+        """An engine call did not count: the tick's canvases start again with one request less; the last one fails."""
+        _log.warning("%s; %d requests are running", error, self._scheduler.running)
+        chunks = [chunk.request for chunk in plan.encode]
+        for request in {id(request): request for request in (*plan.commit, *plan.denoise)}.values():
+            if request.laid_out and not request.finished:
+                self._engine.release(request.slot)
+                request.restart_canvas()
+        with self._changed:
+            for request in (*chunks, *plan.commit):
+                if len(request.uncached) and not request.finished:
+                    self._scheduler.encode_again(request)
+            preempted = self._scheduler.preempt_last() if self._scheduler.running > 1 else None
+        if preempted is not None:
+            self._preempted(preempted)
             return
+        for request in (*chunks, *plan.commit, *plan.denoise):
+            self._finish(request, "error", str(error))
+
+    def _postprocess(self, plan: Plan, result: DenoiseResult) -> None:
         for row, request in enumerate(plan.denoise):
             canvas = request.canvas
             assert canvas is not None
@@ -283,9 +337,11 @@ class Service:
 
     def _commit(self, request: LiveRequest, canvas: Canvas) -> None:
         emitted = request.output.commit(canvas.argmax_ids)
-        request.timeline.first_commit = request.timeline.first_commit or time.monotonic_ns()
-        self._engine.release(request.slot)
+        now = time.monotonic_ns()
+        request.timeline.first_commit = request.timeline.first_commit or now
+        started = request.timeline.canvas_started
         commit = Commit(emitted.text, emitted.token_ids, request.canvas_index, canvas.step)
+        self._observer.committed(request, canvas.step, len(emitted.token_ids), started, now)
         request.end_canvas(canvas.argmax_ids)
         if not self._send(request, commit):
             return
@@ -312,14 +368,16 @@ class Service:
             failed = self.failure is not None
             if not failed:
                 self._scheduler.remove(request)
-        if not failed and request.canvas is not None:
-            self._engine.release(request.slot)
         output = request.output
         statistics = request.statistics(time.monotonic_ns(), self._engine_time.read_ns())
+        event = Finished(reason, output.text, output.token_ids, statistics, error)
+        self._observer.finished(request, event)
         try:
-            request.sink(Finished(reason, output.text, output.token_ids, statistics, error))
+            request.sink(event)
         except Exception:  # noqa: BLE001 - a transport's fault must not end the loop
             _log.exception("request %s: its sink failed on the last event", request.request_id)
+        if not failed and request.laid_out:
+            self._engine.release(request.slot)
 
     def _fail(self, error: BaseException) -> None:
         """End every request with the error. The engine is only closed after that, the scheduler not used again."""

@@ -39,6 +39,8 @@ class RequestStatistics:
     denoising_steps: int
     canvases: int  # whose text was emitted
     tokens_per_forward: float  # output tokens per denoising step; 0 where no step ran
+    prefix_tokens: int  # of the input tokens, found in the prefix cache
+    preemptions: int  # how often it lost its pages and started again from its last canvas
     queue_ms: float  # submitted -> admitted (-> end, where it never was)
     prefill_ms: float  # admitted -> the whole prompt is in the cache
     time_to_first_canvas_ms: float | None  # submitted -> first commit; None where there was none
@@ -57,5 +59,11 @@ class ServiceStatistics:
     host_ms: float
     requests_waiting: int
     requests_running: int
-    full_pages_used: int
+    full_pages_used: int  # held by running requests
     sliding_pages_used: int
+    full_pages_idle: int  # held by nobody, kept for the prefix cache
+    sliding_pages_idle: int
+    prefix_queries: int  # prompt tokens looked up in the prefix cache
+    prefix_hits: int  # prompt tokens found there
+    evictions: int  # cached pages that made room, of both kinds
+    preemptions: int

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dgemma_runtime.codec import Codec
-from dgemma_runtime.contract import DenoiseResult, DenoiseRow, Engine, Int32Array
+from dgemma_runtime.contract import CommitRow, DenoiseResult, DenoiseRow, Engine, Int32Array
 from dgemma_runtime.engines.scripted import ScriptedEngine, answer_script, scripted_manifest
 from dgemma_runtime.events import Commit, Event, Finished, Preview
 from dgemma_runtime.parameters import default_parameters, parse_parameters
@@ -89,6 +89,7 @@ def scripted_engine(
     settings: RuntimeSettings | None = None,
     fail_on: Mapping[str, int] | None = None,
     delay_s: float = 0.0,
+    most_canvases: int | None = None,
 ) -> ScriptedEngine:
     """An engine that answers prompts (text) with texts, each followed by <eos>, or with token ids as they are."""
     codec = tiny_codec()
@@ -97,10 +98,10 @@ def scripted_engine(
     manifest = scripted_manifest(vocab_size, canvas_length, sliding_window=13, max_model_len=max_model_len)
     script = answer_script(pairs, canvas_length, steps)
     limits = plan_limits(manifest, settings or small_settings())
-    return ScriptedEngine(manifest, limits, script, fail_on, delay_s)
+    return ScriptedEngine(manifest, limits, script, fail_on, delay_s, most_canvases)
 
 
-def small_settings(**changes: int) -> RuntimeSettings:
+def small_settings(**changes: Any) -> RuntimeSettings:
     """Settings with short chunks and pages."""
     small: dict[str, Any] = {"max_batch_size": 4, "prefill_chunk": 16, "prefill_budget": 32, "page_size": 5}
     return RuntimeSettings(**small | changes)
@@ -114,7 +115,7 @@ def start_service(engine: Engine, settings: RuntimeSettings | None = None) -> Se
     return service
 
 
-def submit(service: Service, prompt: str, *, sink: Recorder | None = None, **values: object) -> Recorder:
+def submit(service: Service, prompt: str | Int32Array, *, sink: Recorder | None = None, **values: object) -> Recorder:
     """Ask a service; `values` are request parameters."""
     recorder = sink or Recorder()
     service.submit(GenerationRequest(prompt, parse_parameters(values, service.defaults)), recorder)
@@ -127,10 +128,11 @@ class Gate(ScriptedEngine):
     permits: threading.Semaphore
     entered: threading.Semaphore
 
-    def denoise(self, rows: list[DenoiseRow]) -> DenoiseResult:  # type: ignore[override]
-        self.entered.release()
-        assert self.permits.acquire(timeout=20)
-        return super().denoise(rows)
+    def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
+        if rows:
+            self.entered.release()
+            assert self.permits.acquire(timeout=20)
+        return super().denoise(rows, commits)
 
 
 def gated(answers: dict[str, str], **options: int) -> Gate:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgemma_runtime.contract import EngineLimits
+from dgemma_runtime.contract import EngineLimits, Int32Array
 from dgemma_runtime.detokenizer import OutputText
 from dgemma_runtime.engines.scripted import scripted_manifest
 from dgemma_runtime.errors import InvalidRequest, Overloaded
-from dgemma_runtime.parameters import default_parameters
+from dgemma_runtime.parameters import default_parameters, parse_parameters
 from dgemma_runtime.requests import LiveRequest, Timeline
 from dgemma_runtime.scheduler import Plan, Scheduler
+from dgemma_runtime.settings import RuntimeSettings
 from dgemma_runtime.testing import tiny_codec
 
 CANVAS, WINDOW, PAGE, CHUNK, BUDGET = 8, 13, 4, 10, 20
@@ -21,32 +24,47 @@ MODEL = scripted_manifest(100, CANVAS, WINDOW).model
 CODEC, PARAMETERS = tiny_codec(), default_parameters({})
 
 
-def make(slots: int = 3, full: int = 60, sliding: int = 30, queue: int = 100) -> Scheduler:
-    return Scheduler(MODEL, EngineLimits(slots, CHUNK, PAGE, full, sliding), CHUNK, BUDGET, queue)
+NOTHING = Plan((), (), (), (), ())
 
 
-def request(prompt: int, max_tokens: int = CANVAS, name: str = "r") -> LiveRequest:
+def make(slots: int = 3, full: int = 60, sliding: int = 60, queue: int = 100, cache: bool = False) -> Scheduler:
+    runtime = RuntimeSettings(prefill_chunk=CHUNK, prefill_budget=BUDGET, queue_size=queue, prefix_cache=cache)
+    return Scheduler(MODEL, EngineLimits(slots, CHUNK, PAGE, full, sliding), runtime)
+
+
+def request(
+    prompt: int | Int32Array,
+    max_tokens: int = CANVAS,
+    name: str = "r",
+    scheduler: Scheduler | None = None,
+    **given: Any,
+) -> LiveRequest:
+    """Of so many tokens, or these; the scheduler makes its keys."""
     return LiveRequest(
         request_id=name,
-        prompt_ids=np.zeros(prompt, np.int32),
-        parameters=PARAMETERS,
+        prompt_ids=np.zeros(prompt, np.int32) if isinstance(prompt, int) else prompt,
+        parameters=parse_parameters(given, PARAMETERS),
         seed=0,
         max_tokens=max_tokens,
         output=OutputText(CODEC, max_tokens),
         sink=lambda event: None,
         is_cancelled=lambda: False,
         timeline=Timeline(1, 0),
+        keys=scheduler.make_keys("") if scheduler else None,
     )
 
 
-def run(scheduler: Scheduler, plan: Plan) -> None:
+def run(scheduler: Scheduler, plan: Plan, token: int = 50) -> None:
     """What the service does with a plan: encode, then one step; canvases here end after a single step."""
     for chunk in plan.encode:
-        chunk.request.encoded(chunk.tokens)
+        chunk.request.encoded(chunk.tokens, scheduler.is_own_chunk(chunk.request, chunk.tokens))
+    for live in plan.commit:
+        live.encoded(len(live.uncached))
     for live in plan.denoise:
         assert len(live.uncached) == 0
-        emitted = live.output.commit(np.full(CANVAS, 50, np.int32))
-        live.end_canvas(np.full(CANVAS, 50, np.int32))
+        live.laid_out = True
+        emitted = live.output.commit(np.full(CANVAS, token, np.int32))
+        live.end_canvas(np.full(CANVAS, token, np.int32))
         if emitted.reason:
             scheduler.remove(live)
 
@@ -77,21 +95,24 @@ def test_a_long_prompt_is_cut_into_chunks() -> None:
     assert seen == [([("a", 10)], []), ([("a", 10)], []), ([("a", 5)], ["a"])]
 
 
-def test_a_commit_and_the_next_canvas_share_a_tick() -> None:
+def test_a_commit_rides_along_and_the_next_canvas_follows() -> None:
     scheduler = make()
     scheduler.add(request(5, max_tokens=3 * CANVAS, name="a"))
     run(scheduler, scheduler.plan())
+    scheduler.add(request(5, name="b"))
     plan = scheduler.plan()
-    assert (chunks(plan), names(plan.denoise)) == ([("a", CANVAS)], ["a"])
+    assert (names(plan.commit), names(plan.denoise)) == (["a"], ["b"])
+    run(scheduler, plan)
+    plan = scheduler.plan()
+    assert (names(plan.commit), names(plan.denoise)) == ([], ["a"])
 
 
 def test_a_finished_sequence_is_not_committed() -> None:
     scheduler = make()
     scheduler.add(request(5, max_tokens=CANVAS + 1))
-    run(scheduler, scheduler.plan())
-    run(scheduler, scheduler.plan())
-    plan = scheduler.plan()
-    assert plan == Plan((), (), ())
+    for _ in range(3):  # a canvas, its commit, the last canvas
+        run(scheduler, scheduler.plan())
+    assert scheduler.plan() == NOTHING
     assert scheduler.live() == []
     assert scheduler.full_pages.used == scheduler.sliding_pages.used == 0
 
@@ -103,7 +124,7 @@ def test_prefill_never_keeps_a_running_canvas_from_its_step() -> None:
     scheduler.add(request(100, name="long"))
     for _ in range(9):
         plan = scheduler.plan()
-        assert "running" in names(plan.denoise)
+        assert "running" in names(plan.denoise + plan.commit)
         assert sum(tokens for name, tokens in chunks(plan) if name == "long") <= BUDGET
         run(scheduler, plan)
 
@@ -192,7 +213,7 @@ def test_the_queue_is_bounded() -> None:
     scheduler.plan()
     scheduler.add(request(5))
     scheduler.add(request(5))
-    with pytest.raises(Overloaded, match="2 requests are waiting and the queue is full; try again later"):
+    with pytest.raises(Overloaded, match=r"the queue is full: 2 requests are waiting \(queue_size\)"):
         scheduler.add(request(5))
     assert scheduler.waiting == 2
 
@@ -209,40 +230,330 @@ def test_a_request_can_be_removed_in_any_state() -> None:
     for live in (waiting, prefilling, running):
         scheduler.remove(live)
     assert scheduler.live() == []
-    assert scheduler.plan() == Plan((), (), ())
-    assert scheduler.full_pages.unreserved == 60
+    assert scheduler.plan() == NOTHING
+    assert scheduler.full_pages.used == 0
+    assert scheduler.sliding_pages.unreserved == 60
 
 
-@settings(max_examples=80)
-@given(st.data())
-def test_every_request_ends_and_nothing_leaks(data: st.DataObject) -> None:
-    """Any mix of joins and cancellations; the page tables assert their reservations on every tick."""
-    scheduler = make(slots=data.draw(st.integers(1, 4)), full=30, sliding=20)
-    submitted: list[LiveRequest] = []
-    for _ in range(data.draw(st.integers(1, 25))):
-        for _ in range(data.draw(st.integers(0, 2))):
-            new = request(data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60)))
-            try:
-                scheduler.add(new)
-            except InvalidRequest:
-                continue
-            submitted.append(new)
-        if scheduler.live() and data.draw(st.integers(0, 4)) == 0:
-            scheduler.remove(data.draw(st.sampled_from(scheduler.live())))
+def admitted_until_done(scheduler: Scheduler) -> list[str]:
+    """Names in the order of (also repeated) admission."""
+    found: list[str] = []
+    for _ in range(2000):
+        if not scheduler.live():
+            return found
         plan = scheduler.plan()
-        slots = [live.slot for live in scheduler.live() if live.pages]
-        assert len(set(slots)) == len(slots)
+        assert plan.encode or plan.denoise or plan.commit, "something live always moves"
+        found += names(plan.admitted)
         run(scheduler, plan)
-    ticks = 0
+    raise AssertionError("it does not end")
+
+
+# ---------------------------------------------------------------- pages that run out
+
+
+def test_the_youngest_gives_way_and_comes_back() -> None:
+    scheduler = make(full=7)  # 28 tokens
+    scheduler.add(request(9, max_tokens=3 * CANVAS, name="old"))  # 3 pages, 7 in the end
+    scheduler.add(request(9, max_tokens=3 * CANVAS, name="young"))
+    assert names(scheduler.plan().admitted) == ["old"], "with one more canvas it needs 5 pages of 4"
+    scheduler = make(full=10)
+    old, young = (request(9, max_tokens=3 * CANVAS, name=name) for name in ("old", "young"))
+    scheduler.add(old)
+    scheduler.add(young)
+    run(scheduler, scheduler.plan())
+    run(scheduler, scheduler.plan())  # both commit: 5 pages each
+    run(scheduler, scheduler.plan())
+    plan = scheduler.plan()
+    assert [(gone.request.request_id, gone.slot) for gone in plan.preempted] == [("young", 1)]
+    assert names(plan.commit) == ["old"]
+    assert (scheduler.waiting, scheduler.running, scheduler.preemptions, young.preemptions) == (1, 1, 1, 1)
+    assert young.cached_tokens == 0
+    assert len(young.tokens) == 9 + 2 * CANVAS
+    run(scheduler, plan)
+    run(scheduler, scheduler.plan())
+    plan = scheduler.plan()  # the old one is done
+    assert names(plan.admitted) == ["young"]
+    cut = chunks(plan)
+    for _ in range(3):
+        run(scheduler, plan)
+        plan = scheduler.plan()
+        cut += chunks(plan)
+    assert cut == [("young", 9), ("young", CANVAS), ("young", CANVAS)], "as the prompt and the canvases were before"
+
+
+def test_a_request_may_give_way_to_an_older_one_s_company() -> None:
+    scheduler = make(full=9, slots=2)
+    scheduler.add(request(4, max_tokens=9 * CANVAS - 40, name="grows"))
+    scheduler.add(request(20, max_tokens=CANVAS + 1, name="wants one more"))
+    assert sorted(set(admitted_until_done(scheduler))) == ["grows", "wants one more"]
+    assert scheduler.full_pages.used == 0
+
+
+def test_priorities_decide_who_is_admitted_and_who_gives_way() -> None:
+    scheduler = make(slots=1)
+    for name, priority in (("later", 5), ("normal", 0), ("urgent", -5), ("second normal", 0)):
+        scheduler.add(request(5, name=name, priority=priority))
+    assert admitted_until_done(scheduler) == ["urgent", "normal", "second normal", "later"]
+
+
+def test_an_important_request_takes_the_place_of_another() -> None:
+    scheduler = make(slots=2)
+    for name in ("a", "b"):
+        scheduler.add(request(5, max_tokens=80, name=name))
+    run(scheduler, scheduler.plan())
+    scheduler.add(request(5, name="same"))
+    scheduler.add(request(5, name="urgent", priority=-1))
+    run(scheduler, scheduler.plan())  # both commit, which is not interrupted
+    plan = scheduler.plan()
+    assert [gone.request.request_id for gone in plan.preempted] == ["b"]
+    assert names(plan.admitted) == ["urgent"]
+    run(scheduler, plan)
+    assert names(scheduler.plan().admitted) == ["b"], "it came before the one that waited all the time"
+
+
+def test_less_may_run_after_memory_was_short() -> None:
+    scheduler = make(slots=3)
+    for name in ("a", "b", "c"):
+        scheduler.add(request(5, max_tokens=CANVAS, name=name))
+    plan = scheduler.plan()
+    gone = scheduler.preempt_last()
+    assert (gone.request.request_id, gone.slot) == ("c", None), "it had no canvas yet"
+    assert names(scheduler.plan().admitted) == []
+    scheduler.remove(plan.admitted[0])
+    assert names(scheduler.plan().admitted) == ["c"]
+
+
+# ---------------------------------------------------------------- pace
+
+
+def test_a_long_prompt_takes_its_share_of_the_time() -> None:
+    scheduler = make(full=200)
+    scheduler.add(request(5, max_tokens=100 * CANVAS, name="running"))
+    run(scheduler, scheduler.plan())
+    scheduler.add(request(150, name="long"))
+    pattern, prefill, denoise = "", 0, 0
+    for _ in range(60):
+        plan = scheduler.plan()
+        assert names(plan.denoise + plan.commit).count("running") == 1
+        pattern += "P" if plan.encode else "."
+        spent = 400 if plan.encode else 0
+        prefill, denoise = prefill + spent, denoise + 100
+        scheduler.spent(plan, spent, 100)
+        run(scheduler, plan)
+    assert pattern.startswith("P.......P.......P"), "of four times a step's length: a third of the time in all"
+    assert prefill / (prefill + denoise) == pytest.approx(1 / 3, abs=0.03)
+
+
+def test_prompts_that_a_chunk_completes_do_not_wait() -> None:
+    scheduler = make(full=200)
+    for name, tokens in (("running", 5), ("long", 100)):
+        scheduler.add(request(tokens, max_tokens=80, name=name))
+    plan = scheduler.plan()
+    scheduler.spent(plan, 10**9, 1)
+    run(scheduler, plan)
+    scheduler.add(request(CHUNK, name="short"))
+    plan = scheduler.plan()
+    assert chunks(plan) == [("short", CHUNK)]
+    run(scheduler, plan)
+    assert chunks(scheduler.plan()) == []
+
+
+def test_nothing_is_owed_to_nobody() -> None:
+    scheduler = make(full=200)
+    scheduler.add(request(100, name="long"))
+    plan = scheduler.plan()
+    scheduler.spent(plan, 10**9, 0)
+    run(scheduler, plan)
+    scheduler.add(request(5, max_tokens=80, name="short"))
+    run(scheduler, scheduler.plan())
+    assert ("long", CHUNK) in chunks(scheduler.plan())
+
+
+# ---------------------------------------------------------------- prefixes
+
+
+def tokens(count: int, start: int = 0) -> Int32Array:
+    return np.arange(start, start + count, dtype=np.int32)
+
+
+def serve(scheduler: Scheduler, live: LiveRequest) -> LiveRequest:
+    scheduler.add(live)
     while scheduler.live():
         plan = scheduler.plan()
-        assert plan.encode or plan.denoise, "something live always moves"
         run(scheduler, plan)
-        ticks += 1
-        assert ticks < 2000
-    assert scheduler.full_pages.used == scheduler.sliding_pages.used == 0
-    assert scheduler.full_pages.unreserved == 30
-    assert scheduler.sliding_pages.unreserved == 20
+    scheduler.full_pages.check()
+    scheduler.sliding_pages.check()
+    return live
+
+
+def test_a_repeated_prompt_is_found_but_for_its_last_page() -> None:
+    scheduler = make(cache=True)
+    serve(scheduler, request(tokens(30), scheduler=scheduler))
+    again = serve(scheduler, request(tokens(30), scheduler=scheduler))
+    assert again.prefix_tokens == 28
+    assert serve(scheduler, request(tokens(31, start=1), scheduler=scheduler)).prefix_tokens == 0
+    assert (scheduler.prefix_queries, scheduler.prefix_hits) == (91, 28)
+
+
+@pytest.mark.parametrize("length", [24, 25, 27])
+def test_a_prompt_may_be_found_whole_or_but_for_one_token(length: int) -> None:
+    scheduler = make(cache=True)
+    serve(scheduler, request(tokens(length), scheduler=scheduler))
+    again = request(tokens(length), scheduler=scheduler)
+    scheduler.add(again)
+    plan = scheduler.plan()
+    assert again.prefix_tokens == 24
+    assert chunks(plan) == ([("r", length - 24)] if length > 24 else [])
+    assert plan.denoise == (again,)
+
+
+def test_the_next_turn_finds_prompt_and_answer() -> None:
+    scheduler = make(cache=True)
+    first = serve(scheduler, request(tokens(30), max_tokens=3 * CANVAS, scheduler=scheduler))
+    answered = np.concatenate([first.tokens, tokens(9)])
+    assert len(first.tokens) == 30 + 3 * CANVAS
+    second = serve(scheduler, request(answered, scheduler=scheduler))
+    assert second.prefix_tokens == 44, "46 were cached: the last canvas is never encoded"
+
+
+def test_a_turn_that_goes_on_from_the_prompt_finds_its_window() -> None:
+    scheduler = make(cache=True)
+    serve(scheduler, request(tokens(30), max_tokens=20 * CANVAS, scheduler=scheduler))
+    other = np.concatenate([tokens(30), tokens(40, start=500)])
+    assert serve(scheduler, request(other, scheduler=scheduler)).prefix_tokens == 28
+
+
+def test_a_window_that_is_gone_is_kept_the_second_time() -> None:
+    """Two prompts that part where no request ended: the window there is known to matter only then."""
+    scheduler = make(cache=True, sliding=14)  # two windows of three pages beside the eight that run
+    common = tokens(60)
+
+    def ask(start: int) -> int | None:
+        prompt = np.concatenate([common, tokens(100, start=start)])
+        return serve(scheduler, request(prompt, scheduler=scheduler)).prefix_tokens
+
+    assert ask(1000) == 0
+    assert ask(2000) == 0, "the full pages are there, the window behind them is not"
+    assert ask(3000) == 60
+
+
+def test_salts_keep_prefixes_apart() -> None:
+    scheduler = make(cache=True)
+    live = request(tokens(30))
+    live.keys = scheduler.make_keys("tenant")
+    live.keys.extend(live.tokens)  # type: ignore[union-attr]
+    serve(scheduler, live)
+    assert serve(scheduler, request(tokens(30), scheduler=scheduler)).prefix_tokens == 0
+
+
+def test_without_a_cache_nothing_is_kept() -> None:
+    scheduler = make()
+    assert scheduler.make_keys("") is None
+    serve(scheduler, request(tokens(30), scheduler=scheduler))
+    assert scheduler.full_pages.idle == scheduler.sliding_pages.idle == 0
+
+
+def test_with_a_seed_only_what_it_would_compute_itself_is_found() -> None:
+    scheduler = make(cache=True)  # exact prefixes end at multiples of 20: whole chunks of 10, whole pages of 4
+    serve(scheduler, request(tokens(47), scheduler=scheduler))
+    assert serve(scheduler, request(tokens(47), scheduler=scheduler, seed=1)).prefix_tokens == 40
+    assert serve(scheduler, request(tokens(47), scheduler=scheduler)).prefix_tokens == 44
+    odd = np.concatenate([tokens(23), tokens(40, start=900)])
+    scheduler = make(cache=True)
+    serve(scheduler, request(tokens(23), scheduler=scheduler))  # the last chunk has 3 tokens
+    assert serve(scheduler, request(odd, scheduler=scheduler)).prefix_tokens == 20
+    assert serve(scheduler, request(odd, scheduler=scheduler, seed=1)).prefix_tokens == 60, "it went on from the grid"
+    scheduler = make(cache=True)
+    serve(scheduler, request(tokens(27), scheduler=scheduler))
+    off = np.concatenate([tokens(27), tokens(40, start=900)])
+    assert serve(scheduler, request(off, scheduler=scheduler)).prefix_tokens == 24
+    assert serve(scheduler, request(off, scheduler=scheduler, seed=1)).prefix_tokens == 20, "off the grid from 24 on"
+    assert serve(scheduler, request(off, scheduler=scheduler, seed=1)).prefix_tokens == 60, "now they are exact"
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_request_ends_and_nothing_leaks(data: st.DataObject) -> None:
+    """Any mix of joins, shared prefixes, priorities, preemptions, cancellations and ends, against a model of the pages:
+    every page knows whose tokens it holds, so what a prefix finds must be what its tokens were.
+    """
+    cache = data.draw(st.booleans())
+    slots, sliding = data.draw(st.integers(1, 4)), data.draw(st.integers(8, 40))
+    scheduler = make(slots=slots, full=data.draw(st.integers(26, 60)), sliding=sliding, cache=cache)
+    written = Written()
+    texts = [tokens(60), np.concatenate([tokens(25), tokens(60, start=100)]), tokens(60, start=300)]
+    for step in range(data.draw(st.integers(1, 30))):
+        for _ in range(data.draw(st.integers(0, 2))):
+            text = data.draw(st.sampled_from(texts))[: data.draw(st.integers(1, 60))]
+            given: dict[str, Any] = {"priority": data.draw(st.integers(-1, 1))} | (
+                {"seed": 1} if data.draw(st.booleans()) else {}
+            )
+            new = request(text, data.draw(st.integers(1, 40)), scheduler=scheduler, **given)
+            scheduler.add(new)
+        if scheduler.live() and data.draw(st.integers(0, 4)) == 0:
+            scheduler.remove(data.draw(st.sampled_from(scheduler.live())))
+        if scheduler.running > 1 and data.draw(st.integers(0, 9)) == 0:
+            scheduler.preempt_last()
+        plan = scheduler.plan()
+        written.check(scheduler, plan)
+        scheduler.spent(plan, data.draw(st.integers(0, 500)), 100)
+        run(scheduler, plan, token=step % 3)
+    while scheduler.live():
+        plan = scheduler.plan()
+        assert plan.encode or plan.denoise or plan.commit, "something live always moves"
+        written.check(scheduler, plan)
+        run(scheduler, plan)
+    for pool in (scheduler.full_pages, scheduler.sliding_pages):
+        assert pool.used == 0
+        assert cache or not pool.idle
+    assert scheduler.sliding_pages.unreserved == sliding
+
+
+class Written:
+    """What is in every page: the tokens up to the end of each of its places, as (position, hash of all before)."""
+
+    def __init__(self) -> None:
+        self.content: dict[tuple[str, int], dict[int, bytes]] = {}
+
+    def check(self, scheduler: Scheduler, plan: Plan) -> None:
+        """Play a plan's writes, then see that whatever is denoised finds its own context, and the counts add up."""
+        scheduler.full_pages.check()
+        scheduler.sliding_pages.check()
+        running = [live for live in scheduler.live() if live.pages]
+        assert len({live.slot for live in running}) == len(running)
+        for live, count in [(chunk.request, chunk.tokens) for chunk in plan.encode] + [
+            (live, len(live.uncached)) for live in plan.commit
+        ]:
+            self._read(live, live.cached_tokens)
+            self._write(live, live.cached_tokens, live.cached_tokens + count)
+        for live in plan.denoise:
+            self._read(live, len(live.tokens))
+        for name, pool in (("full", scheduler.full_pages), ("sliding", scheduler.sliding_pages)):
+            held = [page for live in running for page in self._pages(live, name) if page >= 0]
+            ahead = sum(len(live.pages._ahead) for live in running if live.pages) if name == "full" else 0
+            assert pool.used == len(set(held)) + ahead
+
+    def _write(self, live: LiveRequest, start: int, stop: int) -> None:
+        for name in ("full", "sliding"):
+            for position in range(start, stop):
+                page = int(self._pages(live, name)[position // PAGE])
+                assert page >= 0
+                place = self.content.setdefault((name, page), {})
+                if position % PAGE == 0:
+                    place.clear()
+                place[position] = live.tokens[: position + 1].tobytes()
+
+    def _read(self, live: LiveRequest, length: int) -> None:
+        for name, first in (("full", 0), ("sliding", max(0, length - (WINDOW - 1)))):
+            for position in range(first, length):
+                page = int(self._pages(live, name)[position // PAGE])
+                assert self.content[name, page][position] == live.tokens[: position + 1].tobytes()
+
+    @staticmethod
+    def _pages(live: LiveRequest, name: str) -> Int32Array:
+        assert live.pages is not None
+        pages: Int32Array = getattr(live.pages.view, name)
+        return pages
 
 
 def test_first_come_first_admitted_under_load() -> None:

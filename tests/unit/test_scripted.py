@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dgemma_runtime.contract import DenoiseRow, EncodeRow, EngineLimits, SequencePages
+from dgemma_runtime.contract import CommitRow, DenoiseRow, EncodeRow, EngineLimits, SequencePages
 from dgemma_runtime.engines.scripted import EngineCall, ScriptedEngine, answer_script, scripted_manifest
 from dgemma_runtime.errors import EngineError
 
@@ -86,10 +86,24 @@ def test_writing_to_a_page_that_was_given_back_is_noticed() -> None:
         make().encode([EncodeRow(PROMPT, 0, without_sliding(0))])
 
 
-def test_a_page_held_twice_is_noticed() -> None:
+def test_sequences_may_share_pages_but_nobody_writes_to_them() -> None:
     engine = prefilled()
-    with pytest.raises(AssertionError, match="two sequences hold the same page"):
-        engine.denoise([row(), row(slot=1)])
+    engine.denoise([row(), row(slot=1)])
+    with pytest.raises(AssertionError, match="a page that is written to belongs to two sequences"):
+        engine.encode([EncodeRow(PROMPT[5:], 5, PAGES), EncodeRow(PROMPT[5:], 5, PAGES)])
+
+
+def test_a_commit_continues_its_slot() -> None:
+    engine = prefilled()
+    canvas = np.full(CANVAS, 7, np.int32)
+    with pytest.raises(KeyError):
+        engine.denoise([], [CommitRow(0, canvas, len(PROMPT), PAGES)])
+    engine.denoise([row()])
+    assert engine.denoise([], [CommitRow(0, canvas, len(PROMPT), PAGES)]).argmax_ids.shape == (0, CANVAS)
+    with pytest.raises(AssertionError):
+        engine.denoise([row(first_step=False)])
+    with pytest.raises(AssertionError, match="another sequence took the slot"):
+        engine.denoise([row()])
 
 
 def test_a_context_written_over_during_a_canvas_is_noticed() -> None:

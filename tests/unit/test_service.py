@@ -79,7 +79,7 @@ def test_max_tokens_is_exact(start: Start, max_tokens: int) -> None:
     finished = submit(start(engine), "go", max_tokens=max_tokens).finished()
     assert (finished.reason, finished.text) == ("length", letters[:max_tokens])
     assert len(finished.token_ids) == max_tokens
-    encoded = sum(sum(call.tokens) for call in engine.calls if call.kind == "encode")
+    encoded = sum(sum(call.tokens) for call in engine.calls if call.kind in ("encode", "commit"))
     assert encoded == 3 + 8 * ((max_tokens - 1) // 8), "the last canvas is not encoded"
 
 
@@ -150,10 +150,26 @@ def test_a_commit_is_sent_before_the_next_canvas_is_denoised(start: Start) -> No
     assert steps_at_commit == [2, 4]
 
 
-def test_every_canvas_s_slot_is_released(start: Start) -> None:
+def test_a_slot_is_kept_from_canvas_to_canvas_and_released_at_the_end(start: Start) -> None:
     engine = scripted_engine({"go": "twelve chars"})
-    submit(start(engine), "go").finished()
-    assert [call.kind for call in engine.calls if call.kind != "encode"] == ["denoise", "denoise", "release"] * 2
+    service = start(engine)
+    submit(service, "go").finished()
+    service.stop(20.0)
+    kinds = [call.kind for call in engine.calls]
+    assert kinds == ["encode", "denoise", "denoise", "commit", "denoise", "denoise", "release", "close"]
+
+
+def test_commits_ride_along(start: Start) -> None:
+    settings = small_settings(max_batch_size=2)
+    engine = scripted_engine({"go": "x" * 20, "slow": "y" * 30}, settings=settings)
+    service = start(engine, settings)
+    with service._changed:  # both are there before the first tick
+        recorders = [submit(service, "go"), submit(service, "slow")]
+    for recorder in recorders:
+        recorder.finished()
+    assert service.statistics().ticks == 3 * 2 + 2 + 2 + 1, (
+        "canvases, commits beside them, the longer one's last canvas"
+    )
 
 
 # ---------------------------------------------------------------- identity
@@ -239,7 +255,7 @@ def test_overload(start: Start) -> None:
     recorders = [submit(service, "go")]
     recorders[0].wait_for(Commit)
     recorders += [submit(service, "go") for _ in range(2)]
-    with pytest.raises(Overloaded, match="2 requests are waiting and the queue is full"):
+    with pytest.raises(Overloaded, match=r"2 requests are waiting \(queue_size\); try again in about 1 s"):
         submit(service, "go")
     for recorder in recorders:
         assert recorder.finished().reason == "stop"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from dgemma_runtime.contract import DenoiseResult, DenoiseRow
+from dgemma_runtime.contract import CommitRow, DenoiseResult, DenoiseRow
 from dgemma_runtime.engines.scripted import ScriptedEngine
 from dgemma_runtime.errors import EngineError, Overloaded
 from dgemma_runtime.events import Commit, Event, Finished, Preview
@@ -70,7 +71,7 @@ def test_a_cancellation_check_that_raises_cancels(start: Start, caplog: pytest.L
 
 
 @pytest.mark.parametrize(
-    ("kind", "call"), [("encode", 1), ("encode", 2), ("denoise", 1), ("denoise", 3), ("release", 1)]
+    ("kind", "call"), [("encode", 1), ("commit", 2), ("denoise", 1), ("denoise", 3), ("release", 1)]
 )
 def test_an_engine_error_ends_every_request(start: Start, kind: str, call: int) -> None:
     settings = small_settings(max_batch_size=2)
@@ -88,8 +89,11 @@ def test_an_engine_error_ends_every_request(start: Start, kind: str, call: int) 
             service.submit(GenerationRequest(name, service.defaults), recorder)
     for recorder in recorders:
         finished = recorder.finished()
-        assert finished.reason == "error"
-        assert finished.error == f"the engine failed: scripted failure of {kind} call {call}"
+        if kind == "release" and recorder is recorders[0]:  # whose end it was that failed
+            assert finished.reason == "stop"
+        else:
+            assert finished.reason == "error"
+            assert finished.error == f"the engine failed: scripted failure of {kind} call {call}"
         assert recorder.kinds.count("Finished") == 1
     assert not service.healthy
     assert service.failure == f"the engine failed: scripted failure of {kind} call {call}"
@@ -101,7 +105,7 @@ def test_an_engine_error_ends_every_request(start: Start, kind: str, call: int) 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), SystemExit(3), AssertionError(), MemoryError("no")])
 def test_any_exception_in_the_engine_thread_ends_every_request(start: Start, error: BaseException) -> None:
     class Raising(ScriptedEngine):
-        def denoise(self, rows: list[DenoiseRow]) -> DenoiseResult:  # type: ignore[override]
+        def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
             raise error
 
     engine = scripted_engine({"go": "text"})
@@ -117,8 +121,8 @@ def test_any_exception_in_the_engine_thread_ends_every_request(start: Start, err
 
 def test_a_result_of_the_wrong_shape_is_an_engine_failure(start: Start) -> None:
     class Short(ScriptedEngine):
-        def denoise(self, rows: list[DenoiseRow]) -> DenoiseResult:  # type: ignore[override]
-            result = super().denoise(rows)
+        def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
+            result = super().denoise(rows, commits)
             return DenoiseResult(result.argmax_ids[:, :-1], result.sampled_ids, result.entropies)
 
     engine = scripted_engine({"go": "text"})
@@ -128,8 +132,8 @@ def test_a_result_of_the_wrong_shape_is_an_engine_failure(start: Start) -> None:
 
 def test_numbers_that_are_not_finite_end_their_own_request_only(start: Start) -> None:
     class Odd(ScriptedEngine):
-        def denoise(self, rows: list[DenoiseRow]) -> DenoiseResult:  # type: ignore[override]
-            result = super().denoise(rows)
+        def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
+            result = super().denoise(rows, commits)
             for index, row in enumerate(rows):
                 if row.position == len(CODEC.encode("odd")):
                     result.entropies[index, 3] = np.nan

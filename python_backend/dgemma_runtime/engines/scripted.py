@@ -28,7 +28,7 @@ from dgemma_runtime.contract import (
     ModelSpec,
     SequencePages,
 )
-from dgemma_runtime.errors import EngineError
+from dgemma_runtime.errors import EngineError, EngineMemoryError
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ Script = Callable[[Int32Array], ScriptedCanvas]  # from the context's token ids 
 class EngineCall:
     """One recorded call; the tuples have an entry per row."""
 
-    kind: str  # encode, denoise, release, close
-    slots: tuple[int, ...] = ()  # of denoise and release
+    kind: str  # encode, denoise, commit (beside a denoise), release, close
+    slots: tuple[int, ...] = ()  # of denoise, commit and release
     positions: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()  # encoded tokens, or the canvas length
 
@@ -98,10 +98,13 @@ class _Slot:
     canvas: ScriptedCanvas | None
     steps: int = 0
     memory: int = 0  # stands for the soft embedding
+    committed: bool = False  # the canvas is part of the context now
 
 
 class ScriptedEngine:
-    """Follows a script. `fail_on` maps a kind of call to the number of the call that fails, counted from 1."""
+    """Follows a script. `fail_on` maps a kind of call to the number of the call that fails, counted from 1. More than
+    `most_canvases` at once find no memory.
+    """
 
     def __init__(
         self,
@@ -110,12 +113,14 @@ class ScriptedEngine:
         script: Script | None,
         fail_on: Mapping[str, int] | None = None,
         delay_s: float = 0.0,
+        most_canvases: int | None = None,
     ) -> None:
         self.manifest, self.limits = manifest, limits
         self.calls: list[EngineCall] = []
-        self._script, self._delay_s = script, delay_s
+        self._script, self._delay_s, self._most_canvases = script, delay_s, most_canvases
         self._fail_on = dict(fail_on or {})
         self._slots: dict[int, _Slot] = {}
+        self._starved: set[int] = set()  # slots of calls that found no memory
         # Token id and position of every place in every page, -1 where never written.
         self._full = np.full((limits.full_pages, limits.page_size, 2), -1, np.int32)
         self._sliding = np.full((limits.sliding_pages, limits.page_size, 2), -1, np.int32)
@@ -124,27 +129,41 @@ class ScriptedEngine:
         positions = tuple(row.position for row in rows)
         self._record(EngineCall("encode", (), positions, tuple(len(row.token_ids) for row in rows)))
         assert rows
-        self._check_disjoint([row.pages for row in rows])
+        self._check_writes([], rows)
         for row in rows:
             assert 1 <= len(row.token_ids) <= self.limits.max_encode_tokens
-            assert row.token_ids.dtype == np.int32
             self._context(row.pages, row.position)
             self._write(row)
 
     def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
         length = self.manifest.model.canvas_length
-        slots, positions = tuple(row.slot for row in rows), tuple(row.position for row in rows)
-        self._record(EngineCall("denoise", slots, positions, (length,) * len(rows)))
-        assert len(set(slots)) == len(slots)
-        assert 1 <= len(rows) <= self.limits.max_batch_size
-        self._check_disjoint([row.pages for row in rows])
+        slots = tuple(row.slot for row in rows)
+        assert rows or commits
+        if commits:
+            positions = tuple(row.position for row in commits)
+            self._record(EngineCall("commit", tuple(row.slot for row in commits), positions, (length,) * len(commits)))
+        if rows:
+            self._record(EngineCall("denoise", slots, tuple(row.position for row in rows), (length,) * len(rows)))
+        together = [*slots, *(row.slot for row in commits)]
+        assert len(set(together)) == len(together) <= self.limits.max_batch_size
+        if self._most_canvases is not None and len(self._slots.keys() | set(slots)) > self._most_canvases:
+            self._starved.update(slots)
+            raise EngineMemoryError(f"no memory for more than {self._most_canvases} canvases")
+        self._check_writes(rows, [EncodeRow(row.token_ids, row.position, row.pages) for row in commits])
         results = [self._denoise(row) for row in rows]
+        for commit in commits:
+            self._commit(commit)
+        if not results:
+            empty = np.empty((0, length), np.int32)
+            return DenoiseResult(empty, empty, empty.astype(np.float32))
         argmax, sampled, entropies = (np.stack(arrays) for arrays in zip(*results, strict=True))
         return DenoiseResult(argmax, sampled, entropies)
 
     def release(self, slot: int) -> None:
         self._record(EngineCall("release", (slot,)))
-        del self._slots[slot]
+        assert slot in self._slots or slot in self._starved, "nothing was in the slot"
+        self._slots.pop(slot, None)
+        self._starved.discard(slot)
 
     def close(self) -> None:
         self._record(EngineCall("close"))
@@ -161,12 +180,25 @@ class ScriptedEngine:
         assert 0 <= row.slot < self.limits.max_batch_size
         context = self._context(row.pages, row.position)
         if row.first_step:
-            assert row.slot not in self._slots, f"slot {row.slot} was not released"
+            before = self._slots.get(row.slot)
+            assert before is None or before.committed, f"slot {row.slot} was not released"
+            assert before is None or np.array_equal(before.context, context), "another sequence took the slot"
             self._slots[row.slot] = _Slot(context, self._script(context) if self._script else None)
         slot = self._slots[row.slot]
+        assert not slot.committed
         assert np.array_equal(slot.context, context), "the context changed during a canvas"
         slot.steps += 1
         return self._step(row, slot)
+
+    def _commit(self, row: CommitRow) -> None:
+        slot = self._slots[row.slot]
+        assert not slot.committed and slot.steps, "only a canvas that was denoised is committed"
+        assert row.token_ids.shape == (self.manifest.model.canvas_length,)
+        assert np.array_equal(slot.context, self._context(row.pages, row.position)), (
+            "a commit belongs behind its context"
+        )
+        self._write(EncodeRow(row.token_ids, row.position, row.pages))
+        slot.context, slot.committed = np.concatenate([slot.context, row.token_ids]), True
 
     def _step(self, row: DenoiseRow, slot: _Slot) -> tuple[Int32Array, Int32Array, Float32Array]:
         """More of the scripted canvas with every step, all of it in the last two, certain only in the last."""
@@ -198,15 +230,23 @@ class ScriptedEngine:
     def _write(self, row: EncodeRow) -> None:
         positions = np.arange(row.position, row.position + len(row.token_ids))
         index, offset = np.divmod(positions, self.limits.page_size)
+        assert row.token_ids.dtype == np.int32
         for memory, pages in ((self._full, row.pages.full), (self._sliding, row.pages.sliding)):
             assert (pages[index] >= 0).all(), "tokens are to be written to a page that was given back"
             memory[pages[index], offset, 0] = row.token_ids
             memory[pages[index], offset, 1] = positions
 
-    def _check_disjoint(self, tables: Sequence[SequencePages]) -> None:
-        for arrays in ([pages.full for pages in tables], [pages.sliding for pages in tables]):
-            held = np.concatenate([array[array >= 0] for array in arrays])
-            assert len(np.unique(held)) == len(held), "two sequences hold the same page"
+    def _check_writes(self, readers: Sequence[DenoiseRow], writers: Sequence[EncodeRow]) -> None:
+        """Nobody else in the call holds a page that is written to."""
+        size = self.limits.page_size
+        for group in ("full", "sliding"):
+            tables = [row.pages for row in readers] + [row.pages for row in writers]
+            held = [getattr(table, group) for table in tables]
+            counts = np.bincount(np.concatenate([pages[pages >= 0] for pages in held]), minlength=1)
+            for row in writers:
+                first, last = row.position // size, -(-(row.position + len(row.token_ids)) // size)
+                written = getattr(row.pages, group)[first:last]
+                assert (counts[written] == 1).all(), "a page that is written to belongs to two sequences"
 
     def _record(self, call: EngineCall) -> None:
         self.calls.append(call)

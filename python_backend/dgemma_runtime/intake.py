@@ -1,0 +1,82 @@
+"""Makes an accepted request of what a client asks for, or refuses it. Knows tokens and lengths, no queue and no engine."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Callable
+
+import numpy as np
+
+from dgemma_runtime.codec import Codec
+from dgemma_runtime.contract import Int32Array
+from dgemma_runtime.detokenizer import OutputText
+from dgemma_runtime.errors import InvalidRequest
+from dgemma_runtime.events import Sink
+from dgemma_runtime.prefix import PageKeys
+from dgemma_runtime.requests import GenerationRequest, LiveRequest, Timeline, as_token_ids
+
+MakeKeys = Callable[[str], PageKeys | None]
+
+
+class Intake:
+    """Checks requests. `max_model_len` is in tokens, prompt and output together; `make_keys` takes a cache salt."""
+
+    def __init__(self, codec: Codec, vocab_size: int, max_model_len: int, make_keys: MakeKeys) -> None:
+        self._codec, self._vocab_size, self._max_model_len = codec, vocab_size, max_model_len
+        self._make_keys = make_keys
+
+    def accept(
+        self, request: GenerationRequest, sink: Sink, is_cancelled: Callable[[], bool], timeline: Timeline
+    ) -> LiveRequest:
+        """Raises InvalidRequest."""
+        parameters = request.parameters
+        prompt_ids = self._prompt_ids(request)
+        for end_id in parameters.end_ids:
+            if end_id >= self._vocab_size:
+                raise InvalidRequest("end_id", f"must be from 0 to {self._vocab_size - 1}, got {end_id}")
+        max_tokens = self._max_tokens(request.prompt_field, len(prompt_ids), parameters.max_tokens)
+        return LiveRequest(
+            request_id=request.request_id or uuid.uuid4().hex,
+            prompt_ids=prompt_ids,
+            parameters=parameters,
+            seed=secrets.randbits(64) if parameters.seed is None else parameters.seed,
+            max_tokens=max_tokens,
+            output=OutputText(self._codec, max_tokens, parameters.end_ids, parameters.stop),
+            sink=sink,
+            is_cancelled=is_cancelled,
+            timeline=timeline,
+            keys=self._make_keys(parameters.cache_salt),
+        )
+
+    def _prompt_ids(self, request: GenerationRequest) -> Int32Array:
+        prompt, field = request.prompt, request.prompt_field
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequest(field, "is empty; send at least one character")
+            return self._codec.encode(prompt, field)
+        if prompt.size == 0:
+            raise InvalidRequest(field, "is empty; send at least one token id")
+        if not np.issubdtype(prompt.dtype, np.integer):
+            raise InvalidRequest(field, f"must be integers, got {prompt.dtype}")
+        outside = prompt[(prompt < 0) | (prompt >= self._vocab_size)]
+        if outside.size:
+            last = self._vocab_size - 1
+            raise InvalidRequest(field, f"token ids must be from 0 to {last}, got {outside.flat[0]}")
+        return as_token_ids(prompt)
+
+    def _max_tokens(self, field: str, prompt_tokens: int, asked: int | None) -> int:
+        context = f"this model's maximum context length is {self._max_model_len} tokens"
+        left = self._max_model_len - prompt_tokens
+        if left < 1:
+            raise InvalidRequest(
+                field,
+                f"{context}, the prompt has {prompt_tokens}; shorten it by at least {1 - left} to leave room for one",
+            )
+        if asked is not None and asked > left:
+            raise InvalidRequest(
+                "max_tokens",
+                f"{context}, but the prompt has {prompt_tokens} and max_tokens asks for {asked} more "
+                f"({prompt_tokens + asked} together); ask for at most {left}",
+            )
+        return left if asked is None else asked
