@@ -20,7 +20,7 @@ LOCK := artifacts/lock/bin/uv pip compile pyproject.toml --universal --python-ve
 	--no-emit-package torch --custom-compile-command "make lock" --quiet $(LOCK_ARGS)
 TWO_COLUMNS := while IFS='|' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
-.PHONY: help setup demo serve engines test check bench accept gpu-check lock clean
+.PHONY: help setup demo serve engines test check stress bench accept gpu-check lock clean
 
 help: ## List the targets and settings
 	@echo "Targets:"
@@ -33,6 +33,7 @@ help: ## List the targets and settings
 #: SERVE_ARGS more arguments for `dgemma-server run`
 #: PYTEST_ARGS more arguments for pytest
 #: BENCH_ARGS more arguments for the benchmark
+#: STRESS_ARGS more arguments for the stress run, e.g. "--seconds 30"
 #: ACCEPT_ARGS more arguments for the acceptance table
 #: GPU_CHECK_ARGS more arguments for the GPU check, e.g. --quick
 #: LOCK_ARGS more arguments for `make lock`, e.g. --upgrade
@@ -56,6 +57,9 @@ check: .venv/.test-installed ## Lint, formatting, types and import rules
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --cache-dir artifacts/cache/import-linter
+
+stress: .venv/.test-installed $(ENGINE)/config.json ## Send a server many requests of every kind and check that nothing is lost
+	@$(BIN)/python -m dgemma_build.stress $(STRESS_ARGS)
 
 bench: .venv/.test-installed $(ENGINE)/config.json ## Compare engine and server with transformers: table, plot, one JSON line
 	@$(BIN)/python -m dgemma_build.bench $(BENCH_ARGS)
