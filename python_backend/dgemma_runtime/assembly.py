@@ -10,10 +10,11 @@ import numpy as np
 
 from dgemma_runtime.chat import TEMPLATE_FILE, ChatTemplate
 from dgemma_runtime.codec import TOKENIZER_CONFIG_FILE, Codec, read_json_object
-from dgemma_runtime.contract import Int32Array
+from dgemma_runtime.contract import EngineLimits, Int32Array
 from dgemma_runtime.engines.factory import open_engine
 from dgemma_runtime.errors import EngineError, InvalidRequest
 from dgemma_runtime.events import Event, Finished
+from dgemma_runtime.observer import Observer
 from dgemma_runtime.parameters import default_parameters
 from dgemma_runtime.process_settings import ProcessSettings
 from dgemma_runtime.requests import GenerationRequest
@@ -40,20 +41,21 @@ class Application:
     service: Service
     template: ChatTemplate | None  # None: the engine directory has none
     canvas_length: int  # tokens
+    limits: EngineLimits
 
     @staticmethod
-    def open(settings: ProcessSettings) -> Application:
+    def open(settings: ProcessSettings, observer: Observer | None = None) -> Application:
         """Load everything, start the engine thread, warm up; raises DGemmaError with a message fit for an operator."""
         codec = Codec.load(settings.engine)
         template = _load_template(settings.engine)
         engine = open_engine(settings.engine, settings.runtime)
         try:
             defaults = default_parameters(engine.manifest.generation_defaults)
-            service = Service(engine, codec, settings.runtime, defaults)
+            service = Service(engine, codec, settings.runtime, defaults, observer)
         except BaseException:
             engine.close()
             raise
-        application = Application(service, template, engine.manifest.model.canvas_length)
+        application = Application(service, template, engine.manifest.model.canvas_length, engine.limits)
         service.start()
         if settings.warm_up:
             try:

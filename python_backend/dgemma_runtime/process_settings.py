@@ -18,6 +18,8 @@ from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.settings import RuntimeSettings
 
 SETTINGS_VARIABLE = "DGEMMA_SETTINGS"
+LOG_FORMATS = ("text", "json")
+_SWITCHES = {"warm_up": True, "traces": False}
 _FILES = ("drain_file", "failure_file")
 _RUNTIME_NAMES = tuple(item.name for item in fields(RuntimeSettings))
 
@@ -29,6 +31,8 @@ class ProcessSettings:
     engine: Path
     warm_up: bool = True  # run a short generation before the model is ready
     log_level: str = "INFO"  # of the runtime's own log on stderr
+    log_format: str = "text"  # of the same: text, or json for one object per line
+    traces: bool = False  # OpenTelemetry spans per request, exported as the OTEL_* variables say
     drain_file: Path | None = None  # when it appears: end all requests within the seconds in it
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     failure_file: Path | None = None  # takes the reason where the model does not load
@@ -41,28 +45,33 @@ class ProcessSettings:
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> ProcessSettings:
         """From names and values; raises ConfigurationError naming an unknown, missing or wrong one."""
-        known = ("engine", "warm_up", "log_level", *_FILES, *_RUNTIME_NAMES)
+        known = ("engine", *_SWITCHES, "log_level", "log_format", *_FILES, *_RUNTIME_NAMES)
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
                 raise ConfigurationError(f"unknown setting {name!r}; {hint}")
-        engine, warm_up = values.get("engine"), values.get("warm_up", True)
-        level = values.get("log_level", "INFO")
+        engine = values.get("engine")
+        level, log_format = values.get("log_level", "INFO"), values.get("log_format", LOG_FORMATS[0])
         if not isinstance(engine, str | Path) or not str(engine):
             raise ConfigurationError(f"engine must be the path of an engine directory, got {engine!r}")
-        if not isinstance(warm_up, bool):
-            raise ConfigurationError(f"warm_up must be true or false, got {warm_up!r}")
+        switches = {name: values.get(name, default) for name, default in _SWITCHES.items()}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ConfigurationError(f"{name} must be true or false, got {value!r}")
         if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigurationError(f"log_level must be DEBUG, INFO, WARNING or ERROR, got {level!r}")
-        files: dict[str, Path | None] = {}
+        if log_format not in LOG_FORMATS:
+            raise ConfigurationError(f"log_format must be {' or '.join(LOG_FORMATS)}, got {log_format!r}")
+        files: dict[str, Any] = {}
         for name in _FILES:
             path = values.get(name)
             if not isinstance(path, str | Path | None):
                 raise ConfigurationError(f"{name} must be a path, got {path!r}")
             files[name] = None if path is None else Path(path)
         runtime = RuntimeSettings(**{name: values[name] for name in _RUNTIME_NAMES if name in values})
-        return ProcessSettings(Path(engine), warm_up, level, **files, runtime=runtime)
+        log = {"log_level": level, "log_format": log_format}
+        return ProcessSettings(Path(engine), runtime=runtime, **switches, **log, **files)
 
     def report_failure(self, reason: str) -> None:
         """Leave it to whoever started this process, and can say it without Triton's log around it."""

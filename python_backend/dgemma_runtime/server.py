@@ -54,6 +54,8 @@ def run(
     gpu: Annotated[int | None, typer.Option(help="Number of the GPU, for an engine that needs one.")] = None,
     cuda_graphs: Annotated[bool, typer.Option(help="Replay captured denoising steps, on a GPU.")] = True,
     warm_up: Annotated[bool, typer.Option(help="Run a short generation before the model is ready.")] = True,
+    log_format: Annotated[str, typer.Option(help="Of the model's log: text, or json, an object per line.")] = "text",
+    traces: Annotated[bool, typer.Option(help="Export OpenTelemetry spans as the OTEL_* variables say.")] = False,
     model_repository: Annotated[Path | None, typer.Option(help="Default: that of the source tree.")] = None,
     exit_timeout: Annotated[int, typer.Option(help="Seconds for running requests at shutdown.")] = 30,
     start_timeout: Annotated[float, typer.Option(help="Seconds until the model must be ready.")] = 600,
@@ -73,6 +75,7 @@ def run(
         "gpu": gpu,
         "cuda_graphs": cuda_graphs,
     }
+    process = {"warm_up": warm_up, "log_format": log_format, "traces": traces}
     chosen: dict[str, Any] = {name: value for name, value in runtime.items() if value is not None}
     options = ServerOptions(
         host=host,
@@ -84,7 +87,7 @@ def run(
         model_repository=model_repository or default_model_repository(),
     )
     try:
-        settings = ProcessSettings.from_mapping({"engine": engine, "warm_up": warm_up, **chosen})
+        settings = ProcessSettings.from_mapping({"engine": engine, **process, **chosen})
         code = _Foreground(settings, options).run(start_timeout)
     except DGemmaError as error:
         _say(f"error: {error}")

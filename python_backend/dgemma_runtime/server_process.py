@@ -30,6 +30,7 @@ from dgemma_runtime.settings import plan_limits
 from dgemma_runtime.triton_install import TritonInstall, find_triton
 
 MODEL_NAME = "diffusion_gemma"
+_TRACE_HEADERS = "(?i)^(traceparent|tracestate)$"  # reach the model as request parameters, see `tracing.py`
 _SHARED_MEMORY = Path("/dev/shm")
 _KILL_AFTER_S = 10.0  # beyond the exit timeout that Triton itself keeps
 _LAST_RESPONSES_S = 3.0  # of the exit timeout, for the responses to requests that did not end in time
@@ -225,6 +226,7 @@ def command(install: TritonInstall, options: ServerOptions, run_directory: Path)
         "--disable-auto-complete-config",
         f"--http-restricted-api=model-repository:dgemma-key={key}",
         f"--grpc-restricted-protocol=model-repository:dgemma-key={key}",
+        *(f"--{name}-header-forward-pattern={_TRACE_HEADERS}" for name in ("http", "grpc")),
         *(f"--{name}-address={options.host}" for name in ("http", "grpc", "metrics")),
         f"--http-port={options.http_port}",
         f"--grpc-port={options.grpc_port}",

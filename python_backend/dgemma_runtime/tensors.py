@@ -98,6 +98,7 @@ _OUTPUT_SPECS = {spec.name: spec for spec in OUTPUTS}
 _PROMPTS = tuple(spec.name for spec in INPUTS if spec.group == "prompt")
 _TEXT_PARAMETERS = {"stop"} | {spec.name for spec in INPUTS if spec.datatype == "BYTES"}
 _RESERVED_PREFIX = "triton_"  # request parameters that Triton's front ends set for themselves
+_NOT_FOR_THE_MODEL = {"id", "traceparent", "tracestate"}  # the request's id (of `/generate`), and headers forwarded
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,7 @@ def _merge(given: dict[str, Any], source: str, text: str) -> None:
     if not isinstance(values, dict):
         raise InvalidRequest(source, f"must be a JSON object, got {type(values).__name__}")
     for name, value in values.items():
-        if name.startswith(_RESERVED_PREFIX):
+        if name.startswith(_RESERVED_PREFIX) or name in _NOT_FOR_THE_MODEL:
             continue
         if name in given:
             raise InvalidRequest(name, f"is given twice, the second time in {source}; give it once")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import sys
 import threading
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +21,10 @@ import triton_python_backend_utils as pb_utils
 from dgemma_runtime.assembly import Application, PreparedRequest
 from dgemma_runtime.errors import DGemmaError, InvalidRequest, Overloaded
 from dgemma_runtime.events import Commit, Event, Finished, Prefill, Preview
+from dgemma_runtime.observability import Observability
 from dgemma_runtime.process_settings import ProcessSettings
 from dgemma_runtime.tensors import Arrays, commit_outputs, finished_outputs, prefill_outputs, preview_outputs
+from dgemma_runtime.tracing import called_with
 from dgemma_runtime.triton_features import check_triton
 
 _log = logging.getLogger(__name__)
@@ -40,14 +42,15 @@ class TritonBackend:
         try:
             settings = ProcessSettings.from_environment(os.environ)
             check_triton(pb_utils, np.__version__)
-            _set_up_log(settings.log_level)
-            self._application = Application.open(settings)
+            self._watching = Observability(settings)
+            self._application = self._open(settings)
             self._settings = settings
         except DGemmaError as error:
             if settings is not None:
                 settings.report_failure(str(error))
             raise pb_utils.TritonModelException(f"{type(error).__name__}: {error}") from None
         self._model_name = args["model_name"]
+        self._watching.publish(pb_utils.MetricFamily, self._application, args["model_name"], args["model_version"])
         self._server = os.getppid()
         self._live: dict[int, _Reply] = {}  # by id(); taken out by the writer when the last response is sent
         self._outbox: queue.SimpleQueue[tuple[_Reply, Event | Exception] | None] = queue.SimpleQueue()
@@ -84,10 +87,23 @@ class TritonBackend:
         self._outbox.put(None)
         for thread in self._threads:
             thread.join()
+        self._watching.close()
+
+    def _open(self, settings: ProcessSettings) -> Application:
+        try:
+            return Application.open(settings, self._watching.observer)
+        except BaseException:
+            self._watching.close()
+            raise
 
     def _submit(self, request: Any, reply: _Reply) -> None:
         tensors: Arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        prepared = self._application.prepare(tensors, request.parameters(), reply.request_id, request.timeout())
+        values = request.parameters()
+        try:
+            prepared = self._application.prepare(tensors, values, reply.request_id, request.timeout())
+        except Exception as error:
+            self._watching.observer.refused(reply.request_id, type(error).__name__)
+            raise
         reply.prepared = prepared
         parameters = prepared.request.parameters
 
@@ -95,7 +111,8 @@ class TritonBackend:
             if parameters.stream or isinstance(event, Finished):
                 self._outbox.put((reply, event))
 
-        reply.request_id = self._application.service.submit(prepared.request, sink, lambda: reply.cancelled)
+        with called_with(values):
+            self._application.service.submit(prepared.request, sink, lambda: reply.cancelled)
         self._wake.set()
 
     def _write(self) -> None:
@@ -148,7 +165,7 @@ class _Reply:
     """The responses of one request. Sent by the writer, asked about by the watcher, never both at once."""
 
     def __init__(self, request: Any) -> None:
-        self.request_id: str = request.request_id()
+        self.request_id: str = request.request_id() or uuid.uuid4().hex
         self.prepared: PreparedRequest | None = None  # None until it was understood
         self.cancelled = False
         self._sender = request.get_response_sender()
@@ -226,12 +243,3 @@ class _Reply:
 
 def _error(message: str, code: str = "INTERNAL") -> Any:
     return pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
-
-
-def _set_up_log(level: str) -> None:
-    """The runtime's log goes to stderr, beside Triton's own."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("dgemma_runtime")
-    logger.handlers = [handler]
-    logger.setLevel(level)
