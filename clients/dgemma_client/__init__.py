@@ -4,7 +4,7 @@
         result = await client.generate("Why is the sky blue?", max_tokens=64, seed=1)
         print(result.text)
 
-`client.stream(...)` gives typed events (`Preview`, `Delta`, `Done`) as they come.
+`client.stream(...)` gives typed events (`Prefill`, `Preview`, `Delta`, `Done`) as they come.
 """
 
 from dgemma_client.client import Client
@@ -17,7 +17,7 @@ from dgemma_client.errors import (
     Overloaded,
     ServerError,
 )
-from dgemma_client.events import Delta, Done, Event, Preview, Result, ServerInfo, Statistics
+from dgemma_client.events import Delta, Done, Event, Prefill, Preview, Result, ServerInfo, Statistics
 from dgemma_client.mock import MockTransport
 from dgemma_client.requests import Message, Parameters
 from dgemma_client.transport import GrpcTransport, Transport
@@ -37,6 +37,7 @@ __all__ = [
     "MockTransport",
     "Overloaded",
     "Parameters",
+    "Prefill",
     "Preview",
     "Result",
     "ServerError",

@@ -7,13 +7,14 @@ import itertools
 import json
 import statistics
 import time
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from dgemma_client.client import Client
 from dgemma_client.errors import ClientError, InvalidRequest
-from dgemma_client.events import Statistics
+from dgemma_client.events import Result
 from dgemma_client.requests import Parameters
 
 
@@ -27,6 +28,7 @@ class Load:
     warmup: int = 1
     seed: int = 0
     chat: bool = True  # prompts are user messages; else raw text
+    uncached: bool = False  # each request has a cache_salt of its own
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ class Report:
     requests: int
     concurrency: int
     errors: dict[str, int]  # class of error -> requests that ended so
+    finish_reasons: dict[str, int]  # of the others
     seconds: float
     input_tokens: int
+    prefix_tokens: int  # of the input tokens, found in the prefix cache
     output_tokens: int
     canvases: int
     denoising_steps: int
@@ -74,11 +78,15 @@ class Report:
         def milliseconds(values: Percentiles) -> str:
             return f"{values.p50:.1f} / {values.p90:.1f} / {values.p99:.1f}"
 
-        failed = ", ".join(f"{count} {name}" for name, count in self.errors.items()) or "none"
+        def counts(values: dict[str, int]) -> str:
+            return ", ".join(f"{count} {name}" for name, count in values.items()) or "none"
+
         return [
             ("requests, concurrent", f"{self.requests}, {self.concurrency}"),
-            ("errors", failed),
+            ("errors", counts(self.errors)),
+            ("ended by", counts(self.finish_reasons)),
             ("seconds", f"{self.seconds:.2f}"),
+            ("input tokens, of them found in the prefix cache", f"{self.input_tokens}, {self.prefix_tokens}"),
             ("output tokens", str(self.output_tokens)),
             ("tokens per second", f"{self.tokens_per_second:.1f}"),
             ("tokens per forward", f"{self.tokens_per_forward:.2f}"),
@@ -96,9 +104,11 @@ def fixed_steps(steps: int) -> Parameters:
 async def run_load(client: Client, load: Load, parameters: Parameters) -> Report:
     """Send the load; failed requests are counted, not raised, but for those of the warm-up."""
     _check(load)
+    if load.uncached and "cache_salt" in parameters:
+        raise InvalidRequest("cache_salt: an uncached load chooses it for each request; leave one of the two out")
     for index in range(load.warmup):
         await _one(client, load, index, parameters)
-    done: list[Statistics] = []
+    done: list[Result] = []
     errors: Counter[str] = Counter()
     indices = itertools.count()
 
@@ -127,17 +137,18 @@ def _check(load: Load) -> None:
             raise InvalidRequest(f"{name}: {value} is too few; give at least {low}")
 
 
-async def _one(client: Client, load: Load, index: int, parameters: Parameters) -> Statistics:
+async def _one(client: Client, load: Load, index: int, parameters: Parameters) -> Result:
     prompt = load.prompts[index % len(load.prompts)]
     chosen: Parameters = {"seed": load.seed + index, **parameters}
+    if load.uncached:
+        chosen["cache_salt"] = uuid.uuid4().hex
     if load.chat:
-        result = await client.generate(messages=[{"role": "user", "content": prompt}], **chosen)
-    else:
-        result = await client.generate(prompt, **chosen)
-    return result.statistics
+        return await client.generate(messages=[{"role": "user", "content": prompt}], **chosen)
+    return await client.generate(prompt, **chosen)
 
 
-def _report(load: Load, done: list[Statistics], errors: dict[str, int], seconds: float) -> Report:
+def _report(load: Load, results: list[Result], errors: dict[str, int], seconds: float) -> Report:
+    done = [result.statistics for result in results]
     tokens = sum(one.num_output_tokens for one in done)
     steps = sum(one.denoising_steps for one in done)
     canvases = sum(one.canvases for one in done)
@@ -145,8 +156,10 @@ def _report(load: Load, done: list[Statistics], errors: dict[str, int], seconds:
         requests=load.requests,
         concurrency=load.concurrency,
         errors=errors,
+        finish_reasons=dict(Counter(result.finish_reason for result in results)),
         seconds=round(seconds, 4),
         input_tokens=sum(one.num_input_tokens for one in done),
+        prefix_tokens=sum(one.prefix_tokens for one in done),
         output_tokens=tokens,
         canvases=canvases,
         denoising_steps=steps,

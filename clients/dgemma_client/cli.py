@@ -1,4 +1,4 @@
-"""The command `dgemma`: generate, chat, bench. Knows arguments and exit codes; the work is done elsewhere."""
+"""The command `dgemma`: generate, chat, bench, info. Knows arguments and exit codes; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -16,9 +16,20 @@ from rich.table import Table
 
 from dgemma_client.bench import Load, Report, fixed_steps, run_load
 from dgemma_client.client import DEFAULT_MODEL, DEFAULT_URL, Client
-from dgemma_client.events import Result
+from dgemma_client.events import Result, ServerInfo
 from dgemma_client.requests import Message, Parameters
-from dgemma_client.terminal import EXIT_FAILED, EXIT_OK, EXIT_USAGE, run, say, show, summary, wants_live, write_answer
+from dgemma_client.terminal import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    exit_code,
+    run,
+    say,
+    show,
+    summary,
+    wants_live,
+    write_answer,
+)
 
 BENCH_PROMPT = "Convert to JSON:\nname: Ada\ncity: Oslo\nage: 36"
 
@@ -42,6 +53,14 @@ Temperature = Annotated[float | None, typer.Option(help="Flat temperature, 0 for
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text; repeat for more.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps per canvas at most (max_denoising_steps).")]
 EntropyBound = Annotated[float | None, typer.Option(help="Accept tokens up to this joint entropy per step, in nats.")]
+Priority = Annotated[int | None, typer.Option(help="Lower ones are served first; -1000 to 1000, default: 0.")]
+DeadlineMs = Annotated[
+    int | None, typer.Option(help="Milliseconds on the server after which the answer ends as it is.")
+]
+CacheSalt = Annotated[str | None, typer.Option(help="Share cached prompts only with requests that have the same salt.")]
+Retries = Annotated[
+    int, typer.Option(help="Times to ask again while the server is too busy; never once an answer has begun.")
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Any other request parameter, as JSON.")
 ]
@@ -62,6 +81,9 @@ def generate(
     stop: Stop = None,
     steps: Steps = None,
     entropy_bound: EntropyBound = None,
+    priority: Priority = None,
+    deadline_ms: DeadlineMs = None,
+    cache_salt: CacheSalt = None,
     set_: Set = None,
     live: Live = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text and statistics.")] = False,
@@ -69,18 +91,33 @@ def generate(
     model: Model = DEFAULT_MODEL,
     timeout: Timeout = 120.0,
     connect_timeout: ConnectTimeout = 5.0,
+    retries: Retries = 0,
 ) -> None:
     """Answer one message: text to stdout as canvases are done, figures to stderr.
 
-    Exit codes: 0 done, 1 failed, 2 the request was refused, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 the request was refused, 124 the time ran out (--deadline-ms:
+    what there is of the answer is printed; --timeout), 130 interrupted.
     """
     if raw and system is not None:
         raise typer.BadParameter("a system message needs the chat template; leave --raw out", param_hint="--system")
     text = _standard_input() if prompt == "-" else prompt
-    parameters = _parameters(max_tokens, seed, temperature, stop, steps, entropy_bound, set_)
+    parameters = _parameters(
+        set_,
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=temperature,
+        stop_words=stop or None,
+        max_denoising_steps=steps,
+        entropy_bound=entropy_bound,
+        priority=priority,
+        deadline_ms=deadline_ms,
+        cache_salt=cache_salt,
+    )
 
     async def work() -> int:
-        async with Client(url, model=model, timeout_s=timeout, connect_timeout_s=connect_timeout) as client:
+        async with Client(
+            url, model=model, timeout_s=timeout, connect_timeout_s=connect_timeout, retries=retries
+        ) as client:
             showing = wants_live(live) and not as_json
             chosen: dict[str, Any] = {"previews": showing, **parameters}
             events = client.stream(text, **chosen) if raw else client.stream(messages=_chat(system, text), **chosen)
@@ -90,7 +127,7 @@ def generate(
             else:
                 write_answer("" if result.text.endswith("\n") else "\n")
                 say(summary(result.statistics))
-            return EXIT_OK
+            return exit_code(result.finish_reason)
 
     with asyncio.Runner() as runner:
         raise typer.Exit(run(runner, work()))
@@ -105,15 +142,30 @@ def chat(
     stop: Stop = None,
     steps: Steps = None,
     entropy_bound: EntropyBound = None,
+    priority: Priority = None,
+    deadline_ms: DeadlineMs = None,
+    cache_salt: CacheSalt = None,
     set_: Set = None,
     live: Live = None,
     url: Url = DEFAULT_URL,
     model: Model = DEFAULT_MODEL,
     timeout: Timeout = 120.0,
     connect_timeout: ConnectTimeout = 5.0,
+    retries: Retries = 0,
 ) -> None:
     """Talk in turns, one line each; a line that ends in \\ goes on in the next. /reset forgets, Ctrl-D ends."""
-    parameters = _parameters(max_tokens, seed, temperature, stop, steps, entropy_bound, set_)
+    parameters = _parameters(
+        set_,
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=temperature,
+        stop_words=stop or None,
+        max_denoising_steps=steps,
+        entropy_bound=entropy_bound,
+        priority=priority,
+        deadline_ms=deadline_ms,
+        cache_salt=cache_salt,
+    )
     history: list[Message] = _chat(system, None)
 
     async def turn(client: Client, message: str) -> int:
@@ -122,11 +174,12 @@ def chat(
         result = await show(client.stream(messages=asked, **chosen), write_answer, wants_live(live))
         write_answer("" if result.text.endswith("\n") else "\n")
         say(summary(result.statistics))
+        exit_code(result.finish_reason)  # says so; the next turn may be faster
         history[:] = [*asked, {"role": "assistant", "content": result.text}]
         return EXIT_OK
 
     async def connect() -> Client:
-        return Client(url, model=model, timeout_s=timeout, connect_timeout_s=connect_timeout)
+        return Client(url, model=model, timeout_s=timeout, connect_timeout_s=connect_timeout, retries=retries)
 
     with asyncio.Runner() as runner:
         client = runner.run(connect())
@@ -152,6 +205,10 @@ def bench(
     ] = None,
     max_tokens: MaxTokens = None,
     seed: Annotated[int, typer.Option(help="Request i is sent with this seed + i.")] = 0,
+    uncached: Annotated[
+        bool,
+        typer.Option("--uncached", help="A cache_salt of its own for every request, so that none reuses another's."),
+    ] = False,
     set_: Set = None,
     warmup: Annotated[int, typer.Option(help="Requests sent one by one before the clock starts.")] = 1,
     url: Url = DEFAULT_URL,
@@ -161,8 +218,8 @@ def bench(
 ) -> None:
     """Load the server and measure: a table to stderr, one JSON line to stdout. Exit code 1 if a request failed."""
     texts = tuple(prompt or ()) + (_prompt_file(prompts) if prompts else ())
-    load = Load(texts or (BENCH_PROMPT,), requests, concurrency, warmup, seed, chat=not raw)
-    parameters = _parameters(max_tokens, None, None, None, None, None, set_)
+    load = Load(texts or (BENCH_PROMPT,), requests, concurrency, warmup, seed, chat=not raw, uncached=uncached)
+    parameters = _parameters(set_, max_tokens=max_tokens)
     if fixed is not None:
         parameters = {**parameters, **fixed_steps(fixed)}
 
@@ -179,6 +236,31 @@ def bench(
         raise typer.Exit(run(runner, work()))
 
 
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    url: Url = DEFAULT_URL,
+    model: Model = DEFAULT_MODEL,
+    connect_timeout: ConnectTimeout = 5.0,
+) -> None:
+    """Show what a server serves: versions, the model, its context length and limits."""
+
+    async def work() -> int:
+        async with Client(url, model=model, connect_timeout_s=connect_timeout) as client:
+            server, ready = await client.metadata(), await client.is_ready()
+        facts = _facts(server, ready)
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            width = max(map(len, facts))
+            for name, value in facts.items():
+                write_answer(f"{name:{width}}  {value}\n")
+        return EXIT_OK
+
+    with asyncio.Runner() as runner:
+        raise typer.Exit(run(runner, work()))
+
+
 def main() -> None:
     """Entry point of the command `dgemma`."""
     app()
@@ -187,23 +269,8 @@ def main() -> None:
 # ---------------------------------------------------------------- arguments
 
 
-def _parameters(
-    max_tokens: int | None,
-    seed: int | None,
-    temperature: float | None,
-    stop: list[str] | None,
-    steps: int | None,
-    entropy_bound: float | None,
-    others: list[str] | None,
-) -> Parameters:
-    given: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "seed": seed,
-        "temperature": temperature,
-        "stop_words": stop or None,
-        "max_denoising_steps": steps,
-        "entropy_bound": entropy_bound,
-    }
+def _parameters(others: list[str] | None, **given: Any) -> Parameters:
+    """Those that are given, by name, and those of --set."""
     parameters = {name: value for name, value in given.items() if value is not None}
     for item in others or ():
         name, equals, value = item.partition("=")
@@ -276,6 +343,11 @@ def _document(result: Result) -> Mapping[str, Any]:
         "token_ids": list(result.token_ids),
         "statistics": figures,
     }
+
+
+def _facts(server: ServerInfo, ready: bool) -> dict[str, str]:
+    about = {"server": f"{server.server} {server.server_version}", "model": server.model, "ready": str(ready).lower()}
+    return {**about, **dict(sorted(server.parameters.items()))}
 
 
 def _print_table(report: Report) -> None:

@@ -30,7 +30,8 @@ class Client:
     """A DiffusionGemma model on one Triton server.
 
     `timeout_s` is the deadline of a whole request, `connect_timeout_s` of finding the server; both in seconds. One
-    client serves any number of concurrent requests of one event loop. `transport` replaces gRPC, see `MockTransport`.
+    client serves any number of concurrent requests of one event loop. `retries` is how often a request is sent again
+    that the server was too busy for, see `GrpcTransport`. `transport` replaces gRPC, see `MockTransport`.
     """
 
     def __init__(
@@ -40,12 +41,15 @@ class Client:
         model: str = DEFAULT_MODEL,
         timeout_s: float = 120.0,
         connect_timeout_s: float = 5.0,
+        retries: int = 0,
         transport: Transport | None = None,
     ) -> None:
         self._model = model
         self._timeout_s = _seconds("timeout_s", timeout_s)
         self._connect_timeout_s = _seconds("connect_timeout_s", connect_timeout_s)
-        self._transport = transport if transport is not None else GrpcTransport(url)
+        if transport is not None and retries:
+            raise InvalidRequest(f"retries: {retries} are for the client's own transport; give them to yours")
+        self._transport = transport if transport is not None else GrpcTransport(url, retries=retries)
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,7 +116,7 @@ class Client:
         request_id: str | None = None,
         **parameters: Unpack[Parameters],
     ) -> AsyncGenerator[Event]:
-        """Events as they come: `Delta` per committed canvas, `Preview` per step if asked for, `Done` last.
+        """Events as they come: `Delta` per committed canvas, `Done` last; with `previews` also `Prefill` and `Preview`.
 
         Closing the generator or cancelling its task cancels the request on the server; to leave a loop early, wrap it
         in `contextlib.aclosing`. Raises any ClientError; its `text` is what had arrived.

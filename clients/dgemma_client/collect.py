@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, get_args
 
 from dgemma_client.errors import Cancelled, ServerError
-from dgemma_client.events import Delta, Done, Event, Preview, Statistics
+from dgemma_client.events import Delta, Done, Event, FinishReason, Prefill, Preview, Statistics
 from dgemma_client.tensors import Values
 from dgemma_client.transport import Outputs
+
+_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 
 
 class Collector:
@@ -26,6 +28,8 @@ class Collector:
         if self.done:
             raise ServerError("a response came after the last one")
         events: list[Event] = []
+        if "prefilled_tokens" in outputs:  # comes with num_input_tokens, as the end does
+            events.append(Prefill(_integer(outputs, "prefilled_tokens"), _integer(outputs, "num_input_tokens")))
         if "preview_output" in outputs:
             index, step = _integer(outputs, "canvas_index"), _integer(outputs, "canvas_steps")
             events.append(Preview(_text(outputs, "preview_output"), index, step))
@@ -47,8 +51,8 @@ class Collector:
         reason = _text(outputs, "finish_reason")
         if reason == "cancelled":
             raise Cancelled("the server ended the request before the answer was complete")
-        if reason not in ("stop", "length"):
-            raise ServerError(f"finish_reason is {reason!r}; expected stop, length or cancelled")
+        if reason not in _REASONS:
+            raise ServerError(f"finish_reason is {reason!r}; expected {', '.join(_REASONS)} or cancelled")
         served, total_ms = _served(outputs), self._elapsed_ms()
         statistics = Statistics(
             num_input_tokens=_integer(outputs, "num_input_tokens"),
@@ -60,8 +64,10 @@ class Collector:
             queue_ms=_figure(served, "queue_ms"),
             prefill_ms=_figure(served, "prefill_ms"),
             engine_ms=_figure(served, "engine_ms"),
+            prefix_tokens=int(_figure(served, "prefix_tokens", 0)),
+            preemptions=int(_figure(served, "preemptions", 0)),
         )
-        return Done("stop" if reason == "stop" else "length", statistics)
+        return Done(_REASONS[reason], statistics)
 
     def _elapsed_ms(self) -> float:
         return 1000 * (time.monotonic() - self._started)
@@ -89,8 +95,8 @@ def _served(outputs: Outputs) -> dict[str, Any]:
     return served
 
 
-def _figure(served: dict[str, Any], name: str) -> float:
-    value = served.get(name)
+def _figure(served: dict[str, Any], name: str, missing: float | None = None) -> float:
+    value = served.get(name, missing)
     if not isinstance(value, int | float):
         raise ServerError(f"output statistics has {name} {value!r}; expected a number")
     return value

@@ -4,7 +4,7 @@
     ├── ConnectError        no Triton server at the address, or the connection broke
     ├── DeadlineExceeded    the time given ran out; the request is cancelled on the server
     ├── InvalidRequest      the request cannot be honoured; `field` names the input where it is known
-    ├── Overloaded          the server takes no more requests now; try again later
+    ├── Overloaded          the server takes no more requests now; try again, after `retry_after_s` where it says so
     ├── ServerError         the server failed, or answered what a DiffusionGemma server does not answer
     └── Cancelled           the server ended the request, or this client was closed
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 
 _FIELD = re.compile(r"([a-z][a-z0-9_]*(?:\[\d+\])?): ")
+_HINT = re.compile(r"again in (?:about )?(\d+(?:\.\d+)?) s\b")
 
 
 class ClientError(Exception):
@@ -45,7 +46,12 @@ class InvalidRequest(ClientError):
 
 
 class Overloaded(ClientError):
-    """The server takes no more requests now (full queue, or shutting down)."""
+    """The server takes no more requests now (full queue, or shutting down); `retry_after_s` is its hint, or None."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        found = _HINT.search(message)
+        self.retry_after_s: float | None = float(found.group(1)) if found else None
 
 
 class ServerError(ClientError):

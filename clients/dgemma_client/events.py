@@ -1,18 +1,19 @@
-"""What a generation tells its caller: previews, text, the end. Knows no tensor and no transport."""
+"""What a generation tells its caller: progress, previews, text, the end. Knows no tensor and no transport."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "deadline"]  # the last: the request's deadline_ms has passed
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Figures of one request: counted by the server, the first two times seen by this client, the others by the server.
 
-    `engine_ms`, of `total_ms`, is spent in engine calls, whichever requests they served.
+    `engine_ms`, of `total_ms`, is spent in engine calls, whichever requests they served. `prefix_tokens` of the input
+    were found in the prefix cache. Both last counts are 0 from a server that does not tell.
     """
 
     num_input_tokens: int
@@ -24,6 +25,8 @@ class Statistics:
     queue_ms: float
     prefill_ms: float
     engine_ms: float
+    prefix_tokens: int = 0
+    preemptions: int = 0  # times that the request had to make room for another one and started a canvas again
 
     @property
     def tokens_per_forward(self) -> float:
@@ -34,6 +37,14 @@ class Statistics:
     def tokens_per_second(self) -> float:
         """Output tokens per second of this client's total time."""
         return 1000 * self.num_output_tokens / self.total_ms if self.total_ms else 0.0
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """How far a long prompt has been read; may come again in the middle of an answer, after a preemption."""
+
+    cached_tokens: int  # of num_input_tokens
+    num_input_tokens: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class Done:
     statistics: Statistics
 
 
-Event = Preview | Delta | Done
+Event = Prefill | Preview | Delta | Done
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ Handler = Callable[[InferRequest], Iterable[Item]]
 
 
 class FakeTriton:
-    """`requests` are the requests in order, `left` the ids of those whose client went away before the end."""
+    """What it saw: `requests` in order, `left` the ids of those whose client went away before the end, `peers` the
+    addresses of its clients' connections.
+    """
 
     def __init__(self, handler: Handler, port: int = 0) -> None:
         self._servicer = _Servicer(handler)
@@ -60,6 +62,10 @@ class FakeTriton:
     @property
     def left(self) -> list[str]:
         return self._servicer.left
+
+    @property
+    def peers(self) -> set[str]:
+        return self._servicer.peers
 
     async def until_left(self, timeout_s: float = 5.0) -> None:
         """Wait until a client has gone away; raises TimeoutError."""
@@ -86,6 +92,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         self._handler = handler
         self.requests: list[InferRequest] = []
         self.left: list[str] = []
+        self.peers: set[str] = set()
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
         return service_pb2.ServerLiveResponse(live=True)
@@ -99,6 +106,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
         response = service_pb2.ModelConfigResponse()
         response.config.name = request.name
+        response.config.parameters["max_model_len"].string_value = "4096"
         for name in INPUTS:
             response.config.input.add(name=name)
         for name in OUTPUTS:
@@ -106,6 +114,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
         return response
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        self.peers.add(context.peer())
         statuses = dict(context.invocation_metadata()).get("triton_grpc_error") == "true"
         async for message in requests:
             request = _decoded(message)

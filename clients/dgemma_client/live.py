@@ -17,11 +17,13 @@ from typing import Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from dgemma_client.events import Delta, Done, Event, Preview
+from dgemma_client.events import Delta, Done, Event, Prefill, Preview
 
 _FRAME_S = 1 / 40  # steps that come faster than this are shown by the timer, the last of them surely
+_BAR_WIDTH = 40
 SETTLED_AFTER = 2  # steps without a change
 _STYLES = ("bold red", "yellow")  # by steps without a change, before a span has settled
 _SETTLED_STYLE = "green"
@@ -110,20 +112,25 @@ class LiveCanvas:
 
     def show(self, event: Event) -> None:
         """Take one event in."""
-        if isinstance(event, Preview):
+        if isinstance(event, Prefill):
+            self._update(self._prompt(event))
+        elif isinstance(event, Preview):
             self._spans = self._history.update(event.text)
             self._steps += 1
             self._title = f"canvas {event.canvas_index + 1}, step {event.step}"
-            now = time.monotonic()
-            shown = now - self._refreshed >= _FRAME_S
-            self._live.update(self._view(), refresh=shown)
-            self._refreshed = now if shown else self._refreshed
+            self._update(self._view())
         elif isinstance(event, Delta):
             self._history, self._spans = CanvasHistory(), []
             self._tokens += len(event.token_ids)
             self._commit(event.text)
         elif isinstance(event, Done):
             self._live.update(Text())
+
+    def _update(self, view: RenderableType) -> None:
+        now = time.monotonic()
+        shown = now - self._refreshed >= _FRAME_S
+        self._live.update(view, refresh=shown)
+        self._refreshed = now if shown else self._refreshed
 
     def _commit(self, text: str) -> None:
         lines, line_break, self._tail = (self._tail + text).rpartition("\n")
@@ -133,6 +140,11 @@ class LiveCanvas:
             self._write(lines + line_break)
             self._live.start()
         self._live.update(self._view())
+
+    def _prompt(self, event: Prefill) -> RenderableType:
+        status = Text(f"reading the prompt {event.cached_tokens:,} / {event.num_input_tokens:,}", "dim")
+        bar = ProgressBar(total=event.num_input_tokens, completed=event.cached_tokens, width=_BAR_WIDTH)
+        return Group(Text(printable(self._tail)), status, bar)
 
     def _view(self) -> RenderableType:
         width = self._live.console.width - 4

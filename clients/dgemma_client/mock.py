@@ -20,6 +20,11 @@ Item = Outputs | ClientError | float  # a response, an error to raise, or second
 Handler = Callable[[InferRequest], Iterable[Item]]
 
 
+def prefill(cached_tokens: int, input_tokens: int) -> Outputs:
+    """A response while a long prompt is read."""
+    return {"prefilled_tokens": (cached_tokens,), "num_input_tokens": (input_tokens,)}
+
+
 def preview(text: str, canvas_index: int = 0, step: int = 1) -> Outputs:
     """A response that shows the canvas after a step."""
     return {"preview_output": (text,), "canvas_index": (canvas_index,), "canvas_steps": (step,)}
@@ -31,10 +36,18 @@ def delta(text: str, token_ids: Iterable[int] = ()) -> Outputs:
 
 
 def final(
-    finish_reason: str = "stop", *, input_tokens: int = 1, output_tokens: int = 1, steps: int = 1, canvases: int = 1
+    finish_reason: str = "stop",
+    *,
+    input_tokens: int = 1,
+    output_tokens: int = 1,
+    steps: int = 1,
+    canvases: int = 1,
+    prefix_tokens: int = 0,
+    preemptions: int = 0,
 ) -> Outputs:
     """The last response."""
-    figures = {"canvases": canvases, "queue_ms": 0.0, "prefill_ms": 0.0, "engine_ms": 0.0}
+    counts = {"canvases": canvases, "prefix_tokens": prefix_tokens, "preemptions": preemptions}
+    figures = {**counts, "queue_ms": 0.0, "prefill_ms": 0.0, "engine_ms": 0.0}
     return {
         "finish_reason": (finish_reason,),
         "num_input_tokens": (input_tokens,),

@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from dgemma_client.errors import ClientError, InvalidRequest
-from dgemma_client.events import Delta, Done, Event, Result, Statistics
+from dgemma_client.errors import ClientError, DeadlineExceeded, InvalidRequest
+from dgemma_client.events import Delta, Done, Event, FinishReason, Result, Statistics
 from dgemma_client.live import LiveCanvas, printable
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_LATE = 124  # as timeout(1) has it
 
 
 def write_answer(text: str) -> None:
@@ -36,12 +37,23 @@ def wants_live(choice: bool | None) -> bool:
 
 def summary(statistics: Statistics) -> str:
     """One line about a finished request."""
+    cached = f", {statistics.prefix_tokens} of {statistics.num_input_tokens} prompt tokens known already"
+    preempted = f", preemptions: {statistics.preemptions}"
     return (
         f"{statistics.num_output_tokens} tokens in {statistics.canvases} canvases, "
         f"{statistics.denoising_steps} steps ({statistics.tokens_per_forward:.1f} tokens per step), "
         f"first canvas {statistics.time_to_first_canvas_ms:.0f} ms, total {statistics.total_ms:.0f} ms, "
         f"{statistics.tokens_per_second:.0f} tokens/s"
+        f"{cached if statistics.prefix_tokens else ''}{preempted if statistics.preemptions else ''}"
     )
+
+
+def exit_code(finish_reason: FinishReason) -> int:
+    """Of a request that ended without an error; says so where its deadline has ended it."""
+    if finish_reason == "deadline":
+        say("the deadline has passed; the answer may not be whole")
+        return EXIT_LATE
+    return EXIT_OK
 
 
 async def show(events: AsyncGenerator[Event], write: Callable[[str], None], live: bool) -> Result:
@@ -75,6 +87,8 @@ def run(runner: asyncio.Runner, work: Coroutine[Any, Any, int]) -> int:
         return EXIT_INTERRUPTED
     except ClientError as error:
         say(f"error: {error}")
+        if isinstance(error, DeadlineExceeded):
+            return EXIT_LATE
         return EXIT_USAGE if isinstance(error, InvalidRequest) else EXIT_FAILED
     except BrokenPipeError:
         # The reader of stdout is gone; without this, Python would complain again when it flushes at exit.

@@ -37,7 +37,7 @@ def test_figures_add_up() -> None:
     assert report.steps_per_canvas == 3
     assert report.tokens_per_forward == 0.5
     assert report.tokens_per_second == pytest.approx(15 / report.seconds, rel=0.1)
-    assert report.errors == {}
+    assert (report.errors, report.finish_reasons) == ({}, {"length": 5})
     measured = transport.requests[2:]
     assert sorted(request.inputs["seed"] for request in measured) == [(seed,) for seed in range(7, 12)]
     assert {request.inputs["max_tokens"] for request in measured} == {(9,)}
@@ -54,6 +54,17 @@ def test_raw_prompts_and_fixed_steps() -> None:
     assert request.inputs["text_input"] == ("p",)
     assert request.inputs["max_denoising_steps"] == (16,)
     assert request.inputs["stability_threshold"] == (-1,)
+
+
+def test_an_uncached_load_shares_nothing() -> None:
+    transport = MockTransport(lambda request: [final("deadline", input_tokens=9, prefix_tokens=8)])
+    load = Load(("p",), requests=3, concurrency=3, warmup=1, uncached=True)
+    report = measure(load, transport)
+    assert len({request.inputs["cache_salt"] for request in transport.requests}) == 4
+    assert (report.input_tokens, report.prefix_tokens, report.finish_reasons) == (27, 24, {"deadline": 3})
+    assert ("ended by", "3 deadline") in report.rows()
+    with pytest.raises(InvalidRequest, match="cache_salt: an uncached load chooses it"):
+        measure(load, transport, cache_salt="mine")
 
 
 class Counting(MockTransport):

@@ -17,7 +17,7 @@ import grpc
 import pytest
 
 from dgemma_client.fake_triton import FakeTriton, Item, ModelError
-from dgemma_client.mock import delta, final, preview
+from dgemma_client.mock import delta, final, prefill, preview
 from dgemma_client.reference import render
 from dgemma_client.requests import InferRequest
 
@@ -86,6 +86,80 @@ async def test_standard_input_and_raw_and_json() -> None:
     assert request.inputs["text_input"] == ("prömpt\n",)
 
 
+async def test_scheduling_options_reach_the_server() -> None:
+    options = ("--priority", "-5", "--deadline-ms", "250", "--cache-salt", "7")
+    async with FakeTriton(answer) as server:
+        codes = [(await run(server.url, "generate", "hi", *options))[0]]
+        codes.append((await run(server.url, "chat", *options, stdin=b"hi\n"))[0])
+        for request in server.requests:
+            assert [request.inputs[name] for name in ("priority", "deadline_ms", "cache_salt")] == [
+                (-5,),
+                (250,),
+                ("7",),
+            ]
+    assert codes == [0, 0]
+
+
+def late(request: InferRequest) -> Iterator[Item]:
+    yield delta("so far", [1, 2])
+    yield final("deadline", input_tokens=9, output_tokens=2, prefix_tokens=8, preemptions=1)
+
+
+async def test_a_deadline_is_an_exit_code_of_its_own_and_the_text_is_printed() -> None:
+    async with FakeTriton(late) as server:
+        code, out, err = await run(server.url, "generate", "hi", "--deadline-ms", "5")
+        assert (code, out) == (124, "so far\n")
+        assert ", 8 of 9 prompt tokens known already, preemptions: 1\n" in err
+        assert err.endswith("\nthe deadline has passed; the answer may not be whole\n")
+        code, out, _ = await run(server.url, "generate", "hi", "--json")
+        document = json.loads(out)
+        assert (code, document["finish_reason"], document["text"]) == (124, "deadline", "so far")
+        assert (document["statistics"]["prefix_tokens"], document["statistics"]["preemptions"]) == (8, 1)
+        code, out, err = await run(server.url, "chat", stdin=b"one\ntwo\n")
+        assert (code, out, err.count("deadline")) == (0, "so far\nso far\n", 2), "a chat goes on"
+
+
+async def test_the_client_s_own_time_runs_out_with_the_same_code() -> None:
+    async with FakeTriton(hang) as server:
+        code, out, err = await run(server.url, "generate", "hi", "--timeout", "0.3")
+    assert (code, out) == (124, "half")
+    assert err == "error: no end after 0.3 s; the request is cancelled, give a longer timeout_s\n"
+
+
+async def test_a_busy_server_is_asked_again_on_request() -> None:
+    asked: list[str] = []
+
+    def busy_once(request: InferRequest) -> Iterator[Item]:
+        asked.append(request.request_id)
+        if len(asked) == 1:
+            yield ModelError(grpc.StatusCode.UNAVAILABLE, "the queue is full")
+        yield from answer(request)
+
+    async with FakeTriton(busy_once) as server:
+        code, out, _ = await run(server.url, "generate", "hi", "--retries", "1")
+    assert (code, out) == (0, "12\n34 wörld\x07\n")
+    assert len(asked) == 2
+
+
+async def test_info_says_what_is_served() -> None:
+    async with FakeTriton(answer) as server:
+        plain = await run(server.url, "info", "--model", "demo")
+        as_json = await run(server.url, "info", "--json")
+    lines = "server         fake 0\nmodel          demo\nready          true\nmax_model_len  4096\n"
+    assert plain == (0, lines, "")
+    assert json.loads(as_json[1]) == {
+        "server": "fake 0",
+        "model": "diffusion_gemma",
+        "ready": "true",
+        "max_model_len": "4096",
+    }
+
+
+async def test_info_of_nobody_is_one_line(unused_tcp_port: int) -> None:
+    code, out, err = await run(f"127.0.0.1:{unused_tcp_port}", "info")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+
+
 async def test_invalid_utf8_on_standard_input() -> None:
     async with FakeTriton(answer) as server:
         code, out, err = await run(server.url, "generate", stdin=b"ab\xff")
@@ -99,7 +173,7 @@ async def test_invalid_utf8_on_standard_input() -> None:
     ("status", "message", "expected"),
     [
         (grpc.StatusCode.INVALID_ARGUMENT, "top_k: is not supported, got 5", 2),
-        (grpc.StatusCode.UNAVAILABLE, "the queue is full", 1),
+        (grpc.StatusCode.UNAVAILABLE, "the queue is full; try again in 2 s", 1),
     ],
 )
 async def test_errors_are_one_line_and_an_exit_code(status: grpc.StatusCode, message: str, expected: int) -> None:
@@ -196,6 +270,18 @@ async def test_a_terminal_shows_the_canvas_and_keeps_only_the_text() -> None:
     assert "\x07" not in plain, "control characters of an answer do not reach a terminal"
     assert "34 wörld␇" in plain.replace("\r", "")
     assert "\x1b[31m" in screen or "\x1b[1;31m" in screen, "what changes is red"
+
+
+async def test_a_terminal_shows_a_long_prompt_being_read() -> None:
+    def long_prompt(request: InferRequest) -> Iterator[Item]:
+        yield from (prefill(12_288, 65_536), 0.1, prefill(65_536, 65_536), 0.1)
+        yield from answer(request)
+
+    async with FakeTriton(long_prompt) as server:
+        code, screen = await screen_of(server, "generate", "hi")
+    assert code == 0
+    assert "reading the prompt 12,288 / 65,536" in screen
+    assert "canvas 1, step 1" in screen.partition("65,536 / 65,536")[2]
 
 
 async def test_chat_keeps_the_history() -> None:

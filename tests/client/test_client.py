@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from contextlib import aclosing
 
@@ -18,10 +19,11 @@ from dgemma_client import (
     InvalidRequest,
     MockTransport,
     Overloaded,
+    Prefill,
     Preview,
     ServerError,
 )
-from dgemma_client.mock import Item, delta, final, preview, reply
+from dgemma_client.mock import Item, delta, final, prefill, preview, reply
 from dgemma_client.requests import InferRequest
 
 pytestmark = pytest.mark.asyncio
@@ -59,6 +61,65 @@ async def test_events_in_order_with_their_positions() -> None:
     assert (figures.num_input_tokens, figures.num_output_tokens, figures.denoising_steps) == (4, 3, 5)
     assert figures.tokens_per_forward == pytest.approx(0.6)
     assert 0 <= figures.time_to_first_canvas_ms <= figures.total_ms
+
+
+async def test_a_long_prompt_is_seen_being_read() -> None:
+    def handler(request: InferRequest) -> Iterator[Item]:
+        yield from (prefill(512, 1100), prefill(1024, 1100), preview("a?", 0, 1))
+        yield from (delta("ab", [5]), prefill(1050, 1100), delta("c", [6]))  # it was preempted in between
+        yield final(input_tokens=1100, output_tokens=2, prefix_tokens=256, preemptions=1)
+
+    async with Client(transport=MockTransport(handler)) as client:
+        events = [event async for event in client.stream("hi", previews=True)]
+        result = await client.generate("hi")
+    assert events[:2] == [Prefill(512, 1100), Prefill(1024, 1100)]
+    assert events[4] == Prefill(1050, 1100)
+    assert isinstance(events[-1], Done), "num_input_tokens alone is not the end"
+    assert (result.text, result.token_ids) == ("abc", (5, 6))
+    figures = result.statistics
+    assert (figures.num_input_tokens, figures.prefix_tokens, figures.preemptions) == (1100, 256, 1)
+
+
+async def test_a_deadline_of_the_server_is_an_answer_with_what_there_is() -> None:
+    transport = MockTransport(lambda request: [delta("so far", [5]), final("deadline")])
+    async with Client(transport=transport) as client:
+        result = await client.generate("hi", deadline_ms=50, priority=-2, cache_salt="tenant")
+    assert (result.text, result.finish_reason) == ("so far", "deadline")
+    inputs = transport.requests[0].inputs
+    assert [inputs[name] for name in ("deadline_ms", "priority", "cache_salt")] == [(50,), (-2,), ("tenant",)]
+
+
+async def test_a_server_that_counts_less_is_understood() -> None:
+    figures = {"canvases": 1, "queue_ms": 0, "prefill_ms": 0, "engine_ms": 0}
+    older = {**final(), "statistics": (json.dumps(figures),)}
+    async with Client(transport=MockTransport(lambda request: [older])) as client:
+        statistics = (await client.generate("hi")).statistics
+    assert (statistics.prefix_tokens, statistics.preemptions) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [
+        ("3 requests are waiting and the queue is full; try again in 2 s", 2.0),
+        ("the queue is full; try again in about 0.5 s", 0.5),
+        ("the queue is full; try again later", None),
+        ("5 s ago the queue was full", None),
+    ],
+)
+async def test_a_busy_server_s_hint_is_a_number(message: str, seconds: float | None) -> None:
+    async with Client(transport=MockTransport(lambda request: [Overloaded(message)])) as client:
+        with pytest.raises(Overloaded) as caught:
+            await client.generate("hi")
+    assert caught.value.retry_after_s == seconds
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("retries", [-1, 5])
+async def test_retries_have_a_range(retries: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"retries: {retries} is outside of 0 to 4"):
+        Client(retries=retries)
+    with pytest.raises(InvalidRequest, match="retries: 1 are for the client's own transport"):
+        Client(retries=1, transport=MockTransport(reply()))
 
 
 async def test_text_and_end_may_come_together_and_text_may_be_empty() -> None:
@@ -99,6 +160,9 @@ async def test_an_error_carries_what_had_arrived() -> None:
         ([], ServerError, "ended without a finish reason"),
         ([final("cancelled")], Cancelled, "before the answer was complete"),
         ([final("bored")], ServerError, "finish_reason is 'bored'"),
+        ([{"prefilled_tokens": (5,)}], ServerError, "a response with prefilled_tokens has no num_input_tokens"),
+        ([prefill(5, 9)], ServerError, "ended without a finish reason"),
+        ([{**final(), "statistics": ('{"canvases": 1, "prefix_tokens": "x"}',)}], ServerError, "statistics has"),
         ([{"preview_output": ("a",)}], ServerError, "a response with preview_output has no canvas_index"),
         (
             [{key: value for key, value in final().items() if key != "denoising_steps"}],

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dgemma_client import Delta, Done, Event, Preview, Statistics
+from dgemma_client import Delta, Done, Event, Prefill, Preview, Statistics
 from dgemma_client.live import SETTLED_AFTER, CanvasHistory, LiveCanvas, Span, canvas_text, printable
 
 DONE = Done("stop", Statistics(1, 2, 3, 1, 1.0, 2.0, 0.0, 0.1, 0.5))
@@ -82,6 +82,24 @@ def test_the_text_is_handed_out_once_and_whole() -> None:
     assert "canvas 2, step 1" in screen
     assert "three?" in screen
     assert "3 tokens" in screen
+
+
+def test_a_long_prompt_has_a_bar_until_its_canvas() -> None:
+    screen, written = play(
+        [Prefill(12_288, 65_536), Prefill(65_536, 65_536), Preview("ab", 0, 1), Delta("ab", (1,)), DONE]
+    )
+    assert "reading the prompt 12,288 / 65,536" in screen
+    assert "reading the prompt 65,536 / 65,536" in screen
+    assert "canvas 1, step 1" in screen.partition("65,536 / 65,536")[2]
+    assert "━" in screen
+    assert written == "ab"
+
+
+def test_what_is_written_stays_while_a_preempted_request_is_read_again() -> None:
+    screen, written = play([Delta("some words", (1, 2)), Prefill(100, 200), Preview("more", 1, 1), DONE])
+    shown = screen.partition("reading the prompt 100 / 200")[0]
+    assert shown.rpartition("some words")[2].count("\n") <= 2, "it stands above the bar"
+    assert written == "some words"
 
 
 def test_text_is_handed_out_when_the_stream_fails() -> None:

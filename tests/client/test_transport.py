@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import struct
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import aclosing
 
 import grpc
 import pytest
@@ -25,7 +27,7 @@ from dgemma_client import (
     ServerError,
 )
 from dgemma_client.fake_triton import FakeTriton, Item, ModelError, Refusal
-from dgemma_client.mock import delta, final, preview
+from dgemma_client.mock import delta, final, prefill, preview
 from dgemma_client.requests import InferRequest
 
 pytestmark = pytest.mark.asyncio
@@ -237,6 +239,117 @@ async def test_many_at_once_and_a_long_prompt() -> None:
     assert [result.text for result in results] == texts
 
 
+BUSY = ModelError(grpc.StatusCode.UNAVAILABLE, "the queue is full; try again in 1 s")
+
+
+async def test_what_was_refused_is_sent_again_and_what_has_begun_never() -> None:
+    asked: list[str] = []
+
+    def busy_once(request: InferRequest) -> Iterator[Item]:
+        asked.append(str(request.inputs["text_input"][0])[:5])
+        if asked[-1] == "begun":
+            yield delta("half ")
+        if asked.count(asked[-1]) < 2:
+            yield BUSY
+        yield from (delta("all"), final())
+
+    async with FakeTriton(busy_once) as server, Client(server.url, retries=2) as client:
+        assert (await client.generate("short")).text == "all"
+        assert (await client.generate("long" + "é" * 3_000_000)).text == "all", "a long prompt is kept for it"
+        with pytest.raises(Overloaded) as caught:
+            await client.generate("begun")
+    assert caught.value.text == "half "
+    assert asked == ["short", "short", "longé", "longé", "begun"]
+
+
+@pytest.mark.parametrize(("retries", "sent"), [(0, 1), (1, 2)])
+async def test_retries_are_counted_and_end_with_the_error(retries: int, sent: int) -> None:
+    async with FakeTriton(lambda request: [BUSY]) as server, Client(server.url, retries=retries) as client:
+        with pytest.raises(Overloaded, match="the queue is full") as caught:
+            await client.generate("hi")
+        assert len(server.requests) == sent
+    assert caught.value.retry_after_s == 1
+
+
+async def test_a_bad_request_is_not_sent_again() -> None:
+    refusal = ModelError(grpc.StatusCode.INVALID_ARGUMENT, "top_k: is not supported, got 5")
+    async with FakeTriton(lambda request: [refusal]) as server, Client(server.url, retries=4) as client:
+        with pytest.raises(InvalidRequest):
+            await client.generate("hi")
+        assert len(server.requests) == 1
+
+
+async def test_retries_end_with_the_request_s_time() -> None:
+    async with FakeTriton(lambda request: [BUSY]) as server, Client(server.url, retries=4) as client:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"no end after 0\.2 s"):
+            await client.generate("hi", timeout_s=0.2)
+    assert time.monotonic() - started < 3
+
+
+async def test_64_streams_of_one_client_leave_nothing_behind() -> None:
+    def handler(request: InferRequest) -> Iterator[Item]:
+        yield from (prefill(1, 2), preview("?"), delta("a", [1]))
+        if request.inputs["text_input"] == ("hang",):
+            yield 60.0
+        yield from (0.01, delta("b", [2]), final())
+
+    async def leave(client: Client) -> None:
+        async with aclosing(client.stream("hang", previews=True)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    return
+
+    async with FakeTriton(handler) as server, Client(server.url) as client:
+
+        async def mixed_load() -> None:
+            before = len(server.left)
+            cancelled = [asyncio.create_task(client.generate("hang")) for _ in range(16)]
+            late = [client.generate("hang", timeout_s=0.5) for _ in range(16)]
+            others = asyncio.gather(*late, *(leave(client) for _ in range(16)), return_exceptions=True)
+            results = await asyncio.gather(*(client.generate("hi") for _ in range(16)))
+            assert [result.text for result in results] == ["ab"] * 16
+            for task in cancelled:
+                task.cancel()
+            assert [type(end) for end in await others] == [DeadlineExceeded] * 16 + [type(None)] * 16
+            ends = await asyncio.gather(*cancelled, return_exceptions=True)
+            assert {type(end) for end in ends} == {asyncio.CancelledError}
+            async with asyncio.timeout(5):
+                while len(server.left) < before + 48:
+                    await asyncio.sleep(0.01)
+
+        await client.generate("hi")
+        tasks = len(asyncio.all_tasks())
+        await mixed_load()
+        files = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            await mixed_load()
+        async with asyncio.timeout(5):
+            while len(asyncio.all_tasks()) > tasks:
+                await asyncio.sleep(0.01)
+        assert len(os.listdir("/proc/self/fd")) == files
+        assert len(server.peers) == 1, "one connection carries them all"
+
+
+async def test_readers_who_stop_reading_hold_up_nobody() -> None:
+    def handler(request: InferRequest) -> Iterator[Item]:
+        size = 100_000 if request.inputs["text_input"] == ("big",) else 1_000
+        yield from (delta("x" * size) for _ in range(100))
+        yield final()
+
+    async with FakeTriton(handler) as server, Client(server.url) as client:
+        stopped = [client.stream("big") for _ in range(16)]
+        for events in stopped:
+            await anext(events)
+        async with asyncio.timeout(20):
+            results = await asyncio.gather(*(client.generate("small") for _ in range(48)))
+        assert {len(result.text) for result in results} == {100_000}
+        rest = [event async for event in stopped[0]]
+        assert sum(len(event.text) for event in rest if isinstance(event, Delta)) == 99 * 100_000
+        for events in stopped:
+            await events.aclose()
+
+
 async def test_metadata() -> None:
     async with FakeTriton(answer) as server, Client(server.url, model="demo") as client:
         assert await client.is_live()
@@ -244,3 +357,4 @@ async def test_metadata() -> None:
         info = await client.metadata()
     assert (info.server, info.model) == ("fake", "demo")
     assert "preview_output" in info.outputs
+    assert info.parameters == {"max_model_len": "4096"}
