@@ -149,8 +149,9 @@ class OnnxFunction:
         self.tensors = {}
         for value in (*graph.input, *graph.output):
             shape, is_input = _shape(value), value in graph.input
-            largest = [binding_shapes(value.name, shape, profile)[2] for profile in profiles_of if is_input]
-            self.tensors[value.name] = TensorSpec(is_input, _DTYPES[_type(value)], shape, tuple(largest))
+            shapes = [binding_shapes(value.name, shape, profile) for profile in profiles_of if is_input]
+            least, largest = (tuple(each[which] for each in shapes) for which in (0, 2))
+            self.tensors[value.name] = TensorSpec(is_input, _DTYPES[_type(value)], shape, least, largest)
         self._types = {value.name: _type(value) for value in (*graph.input, *graph.output)}
         if reveal:
             graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in reveal)

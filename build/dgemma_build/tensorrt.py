@@ -49,11 +49,12 @@ class Profile:
 
 
 def profiles(canvas_length: int, max_batch_size: int, max_model_len: int) -> tuple[Profile, Profile]:
-    """The denoise profile and the encode profile."""
+    """The denoise profile, whose rows may be canvases or be encoded beside them, and the encode profile."""
     most = -(-max_model_len // SLOT_GROUP)
     groups = (1, min(most, _USUAL_CONTEXT // SLOT_GROUP), most)
     batch, chunk = (1, 1, max_batch_size), longest_chunk(canvas_length)
-    denoise = Profile(rows=batch, tokens=(canvas_length,) * 3, canvas_rows=batch, groups=groups)
+    canvas_rows = (0, 1, max_batch_size)
+    denoise = Profile(rows=batch, tokens=(canvas_length,) * 3, canvas_rows=canvas_rows, groups=groups)
     encode = Profile(rows=(1, 1, 1), tokens=(1, canvas_length, chunk), canvas_rows=(0, 0, 0), groups=groups)
     return denoise, encode
 

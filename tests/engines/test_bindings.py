@@ -34,11 +34,14 @@ def test_what_fits_is_read_back(manifest: Manifest, bindings: Bindings, slot_gro
 def test_the_shapes(manifest: Manifest, bindings: Bindings) -> None:
     specs = bindings.specs()
     assert sliding_slots(manifest.model) == 16  # of a window of 11
-    assert specs["key_cache_0"] == TensorSpec(True, "bf16", (-1, 2, 16, 8), ((3, 2, 16, 8), (1, 2, 16, 8)))
+    sizes = (((1, 2, 16, 8),) * 2, ((3, 2, 16, 8), (1, 2, 16, 8)))
+    assert specs["key_cache_0"] == TensorSpec(True, "bf16", (-1, 2, 16, 8), *sizes)
     assert specs["value_cache_2"].shape == (-1, 1, -1, 64, 16)
+    assert specs["value_cache_2"].least == ((1, 1, 1, 64, 16),) * 2
     assert specs["value_cache_2"].largest == ((3, 1, 47, 64, 16), (1, 1, 47, 64, 16))
     assert specs["new_keys_2"] == TensorSpec(False, "bf16", (-1, 1, -1, 16))
-    assert specs["token_ids"] == TensorSpec(True, "int32", (-1, -1), ((3, 5), (1, 24)))
+    assert specs["token_ids"] == TensorSpec(True, "int32", (-1, -1), ((1, 5), (1, 1)), ((3, 5), (1, 24)))
+    assert specs["soft_embedding"].least == ((0, 5, 6), (0, 1, 6))
     assert specs["soft_embedding"].largest == ((3, 5, 6), (0, 24, 6))
     assert len(specs) == 12 + 4 * 4
 
@@ -77,6 +80,7 @@ def test_larger_engines_than_asked_for_fit(manifest: Manifest, bindings: Binding
         ("key_cache_0", {"shape": (-1, 2, 8, 8)}, r"shape \(-1, 2, 8, 8\), this runtime needs an input"),
         ("new_values_1", {"shape": (-1, 2, -1)}, r"shape \(-1, 2, -1\)"),
         ("new_values_1", {"is_input": True, "largest": ((3, 2, 5, 8),) * 2}, "the engine has an input"),
+        ("uniforms", {"least": ((1, 5), (0, 1))}, r"profile 0 of the engine takes no less than \(1, 5\), this runtime"),
         ("uniforms", {"largest": ((3, 5),)}, "the engine has 1 profiles, this runtime needs 2"),
         ("uniforms", {"largest": ((2, 5), (0, 24))}, r"profile 0 of the engine takes up to \(2, 5\), this runtime was"),
         ("token_ids", {"largest": ((3, 5), (1, 23))}, r"profile 1 of the engine takes up to \(1, 23\)"),

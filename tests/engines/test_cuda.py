@@ -88,7 +88,7 @@ def machine(
 
 def run(harness: Harness, context: int = 50) -> None:
     """Prompts, steps in changing company, next canvases."""
-    sequences = {slot: harness.sequence(context + 20 * slot + 10) for slot in range(3)}
+    sequences = {slot: harness.sequence() for slot in range(3)}
     for slot, sequence in sequences.items():
         for start in range(0, context + 20 * slot, 24):
             harness.encode([sequence], [min(24, context + 20 * slot - start)])
@@ -138,7 +138,7 @@ def test_steps_are_not_captured_where_that_is_switched_off(machine: Machine) -> 
 
 def test_one_step_is_one_launch(machine: Machine) -> None:
     harness = machine.open()
-    sequence = harness.sequence(10)
+    sequence = harness.sequence()
     harness.encode([sequence], [10])
     for _ in range(2):
         harness.denoise({0: sequence})
@@ -164,7 +164,7 @@ def test_rtx_compiles_for_the_shapes_of_steps_and_shares_what_it_compiled(machin
 def test_what_rtx_cannot_have_captured_runs_without(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     machine.library.capturable = False
     harness = machine.open()
-    sequence = harness.sequence(10)
+    sequence = harness.sequence()
     harness.encode([sequence], [10])
     for _ in range(5):
         harness.denoise({0: sequence})
@@ -213,7 +213,7 @@ def test_what_cannot_be_given_back_stops_nothing(machine: Machine, name: str, ca
 
 def test_a_step_that_fails_while_it_is_captured_leaves_the_stream_usable(machine: Machine) -> None:
     harness = machine.open()
-    sequence = harness.sequence(10)
+    sequence = harness.sequence()
     harness.encode([sequence], [10])
     harness.denoise({0: sequence})
     machine.library.refuses.add("execute_async_v3")
@@ -236,7 +236,7 @@ def test_a_step_that_fails_while_it_is_captured_leaves_the_stream_usable(machine
 )
 def test_what_tensorrt_refuses_is_told_in_its_words(machine: Machine, method: str, words: str) -> None:
     harness = machine.open()
-    sequence = harness.sequence(10)
+    sequence = harness.sequence()
     harness.encode([sequence], [10])
     machine.library.refuses.add(method)
     with pytest.raises(EngineError, match=words):

@@ -68,7 +68,7 @@ def test_a_graph_runs_when_it_is_launched() -> None:
 
 def test_a_program_sees_its_tensors_in_place() -> None:
     device = HostDevice()
-    tensors = {"x": TensorSpec(True, "int32", (-1, 2), ((2, 2),)), "y": TensorSpec(False, "int64", (-1,))}
+    tensors = {"x": TensorSpec(True, "int32", (-1, 2), ((1, 2),), ((2, 2),)), "y": TensorSpec(False, "int64", (-1,))}
     program = HostProgram(device, tensors, lambda profile, i, o: np.copyto(o["y"], i["x"].sum(axis=1)))
     x, y = device.allocate(16, "tests"), device.allocate(16, "tests")
     context = program.context(0)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from dgemma_runtime.contract import FULL, SLIDING, EngineLimits, LayerSpec, Manifest
 from dgemma_runtime.engines.device import Array
 from dgemma_runtime.engines.host_device import HostDevice
 from dgemma_runtime.engines.kv_memory import KEYS, VALUES, KvMemory, layer_groups
 from dgemma_runtime.engines.number_formats import from_float32, to_float32
-from dgemma_runtime.errors import ConfigurationError, EngineError
-from dgemma_runtime.settings import page_bytes
+from dgemma_runtime.memory_formulas import page_pool_bytes
 
 if TYPE_CHECKING:
     from tests.engines.conftest import Harness, Sequence
@@ -26,20 +22,11 @@ if TYPE_CHECKING:
 Make = Callable[..., "Harness"]
 
 
-def prefilled(harness: Harness, context: int, most: int = 0) -> Sequence:
-    """A sequence of so many tokens, encoded in chunks."""
-    sequence = harness.sequence(max(context, most))
-    chunk = harness.engine.limits.max_encode_tokens
-    for start in range(0, context, chunk):
-        harness.encode([sequence], [min(chunk, context - start)])
-    return sequence
-
-
 # Pages of 4, a window of 11 (10 tokens of context), chunks of 24, a smallest workspace of 128 slots.
 @pytest.mark.parametrize("context", [1, 3, 4, 5, 9, 10, 11, 12, 16, 23, 24, 25, 47, 128, 129, 300])
 def test_a_context_of_any_length_is_seen_whole(make: Make, context: int) -> None:
     harness = make()
-    sequence = prefilled(harness, context)
+    sequence = harness.prefilled(context)
     for _ in range(4):
         harness.denoise({1: sequence})
 
@@ -48,7 +35,7 @@ def test_a_context_of_any_length_is_seen_whole(make: Make, context: int) -> None
 @pytest.mark.parametrize("chunk", [5, 11, 40])
 def test_any_page_and_chunk_size(make: Make, page_size: int, chunk: int) -> None:
     harness = make(limits=(2, chunk, page_size, 300, 200))
-    sequences = [prefilled(harness, context) for context in (37, 64)]
+    sequences = [harness.prefilled(context) for context in (37, 64)]
     for _ in range(3):
         harness.denoise(dict(enumerate(sequences)))
 
@@ -65,7 +52,7 @@ def test_any_layers_and_types(
 ) -> None:
     changed = replace(manifest, model=replace(manifest.model, layers=layers), kv_dtype=kv_dtype)
     harness = make(manifest=changed, slot_group=slot_group)
-    sequences = [prefilled(harness, context) for context in (7, 29)]
+    sequences = [harness.prefilled(context) for context in (7, 29)]
     for _ in range(3):
         harness.denoise(dict(enumerate(sequences)))
 
@@ -77,7 +64,7 @@ def test_keys_and_values_come_back_from_the_pages(
 ) -> None:
     model = replace(manifest.model, layers=layers or manifest.model.layers)
     harness = make(manifest=replace(manifest, model=model, kv_dtype=kv_dtype))
-    sequence = prefilled(harness, 53)
+    sequence = harness.prefilled(53)
     for layer, kept in enumerate(sequence.kept):
         spec = harness.spec.layers[layer]
         start = 53 - 10 if spec.kind == SLIDING else 3
@@ -114,14 +101,13 @@ def test_what_has_one_type_is_one_group(manifest: Manifest) -> None:
 @pytest.mark.parametrize("page_size", [1, 3, 64])
 @pytest.mark.parametrize("kv_dtype", ["fp32", "bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("layers", [None, SEVERAL, FULLS, (LayerSpec(SLIDING, 3, 4),)])
-def test_pages_take_the_memory_that_settings_count(
+def test_pages_take_the_memory_that_plans_count(
     manifest: Manifest, layers: tuple[LayerSpec, ...] | None, kv_dtype: str, page_size: int
 ) -> None:
     model = replace(manifest.model, layers=layers or manifest.model.layers)
     device, limits = HostDevice(), EngineLimits(3, 24, page_size, 70, 11)
     memory = KvMemory(device, model, kv_dtype, limits)
-    size = page_bytes(replace(manifest, model=model, kv_dtype=kv_dtype), page_size)
-    assert device.allocated_bytes == 70 * size.full + 11 * size.sliding
+    assert device.allocated_bytes == page_pool_bytes(model, kv_dtype, limits)
     memory.close()
     assert device.live == 0
 
@@ -132,7 +118,7 @@ def test_a_page_is_one_copy_and_two_where_types_differ(
 ) -> None:
     """`full` is of a page of the full layers; of the sliding layers it is one with every type."""
     harness = make(manifest=replace(manifest, kv_dtype=kv_dtype))
-    sequence, other = harness.sequence(60), harness.sequence(60)
+    sequence, other = harness.sequence(), harness.sequence()
     counts = []
 
     def count(work: Callable[[], None]) -> None:
@@ -145,9 +131,9 @@ def test_a_page_is_one_copy_and_two_where_types_differ(
     count(lambda: harness.denoise({0: sequence}))  # reads 10 and 3, keeps the soft embedding
     harness.encode([other], [24])
     count(lambda: harness.denoise({1: other}))  # reads 6 and 3, keeps
-    harness.leave(sequence)
-    count(lambda: harness.denoise({1: other}))  # moves a row and its soft embedding, keeps
-    assert counts == [6 * full + 6, 10 * full + 7, 10 * full + 4, 6 * full + 4, full + 3]
+    count(lambda: harness.leave(sequence))  # the last soft embedding takes its place
+    count(lambda: harness.denoise({1: other}))  # moves a row, keeps
+    assert counts == [6 * full + 6, 10 * full + 7, 10 * full + 4, 6 * full + 4, 1, full + 2]
 
 
 # ---------------------------------------------------------------- canvases
@@ -155,18 +141,18 @@ def test_a_page_is_one_copy_and_two_where_types_differ(
 
 def test_idle_canvases_keep_their_soft_embeddings(make: Make) -> None:
     harness = make()
-    sequences = {slot: prefilled(harness, 10 + slot) for slot in range(3)}
+    sequences = {slot: harness.prefilled(10 + slot) for slot in range(3)}
     for slots in ((0, 1, 2), (1,), (2, 0), (0, 1, 2), (2,), (0, 1, 2)):
         harness.denoise({slot: sequences[slot] for slot in slots})
 
 
 def test_rows_are_filled_when_a_canvas_leaves(make: Make) -> None:
     harness = make()
-    sequences = {slot: prefilled(harness, 20 + 9 * slot) for slot in range(3)}
+    sequences = {slot: harness.prefilled(20 + 9 * slot) for slot in range(3)}
     harness.denoise(sequences)
     harness.end(sequences.pop(0))
     harness.denoise(sequences)
-    other = prefilled(harness, 33)
+    other = harness.prefilled(33)
     harness.denoise({**sequences, 0: other})
     harness.end(sequences.pop(1))
     harness.denoise({**sequences, 0: other})
@@ -174,7 +160,7 @@ def test_rows_are_filled_when_a_canvas_leaves(make: Make) -> None:
 
 def test_a_first_step_starts_from_zeros_without_a_release(make: Make) -> None:
     harness = make()
-    sequence = prefilled(harness, 12)
+    sequence = harness.prefilled(12)
     harness.denoise({0: sequence})
     sequence.soft = None
     harness.denoise({0: sequence})
@@ -183,7 +169,7 @@ def test_a_first_step_starts_from_zeros_without_a_release(make: Make) -> None:
 def test_a_page_that_changed_hands_is_laid_out_again(make: Make) -> None:
     harness = make(limits=(1, 24, 4, 16, 20))
     for context in (60, 64, 23, 64):
-        sequence = prefilled(harness, context)
+        sequence = harness.prefilled(context)
         harness.denoise({0: sequence})
         harness.end(sequence)
 
@@ -196,7 +182,7 @@ def shortened(sequence: Sequence, length: int) -> Sequence:
 
 def test_a_page_of_which_only_the_beginning_was_laid_out_is_completed(make: Make) -> None:
     harness = make()
-    whole, other = prefilled(harness, 9), prefilled(harness, 9)
+    whole, other = harness.prefilled(9), harness.prefilled(9)
     for length in (6, 7, 5, 7):
         harness.denoise({0: other, 1: (one := shortened(whole, length))})
         harness.leave(other)
@@ -208,7 +194,7 @@ def test_a_page_of_which_only_the_beginning_was_laid_out_is_completed(make: Make
 
 def test_a_row_that_another_canvas_moved_to_is_laid_out_again(make: Make) -> None:
     harness = make()
-    sequences = {slot: prefilled(harness, 21 + slot) for slot in range(2)}
+    sequences = {slot: harness.prefilled(21 + slot) for slot in range(2)}
     for _ in range(3):
         harness.denoise(sequences)
         harness.leave(sequences[0])
@@ -219,7 +205,7 @@ def test_a_row_that_another_canvas_moved_to_is_laid_out_again(make: Make) -> Non
 
 def test_the_next_canvas_lays_out_only_what_is_new(make: Make) -> None:
     harness = make(limits=(2, 24, 4, 400, 60))
-    sequence = prefilled(harness, 480, most=500)
+    sequence = harness.prefilled(480)
     harness.denoise({0: sequence})
     harness.denoise({0: sequence})
     harness.leave(sequence)
@@ -233,7 +219,7 @@ def test_the_next_canvas_lays_out_only_what_is_new(make: Make) -> None:
 
 def test_a_long_prompt_is_laid_out_once(make: Make) -> None:
     harness = make(limits=(1, 24, 4, 400, 60))
-    sequence = harness.sequence(960)
+    sequence = harness.sequence()
     counts = []
     for _ in range(40):
         before = harness.device.copies
@@ -262,15 +248,15 @@ def watch(harness: Harness) -> list[tuple[int, int]]:
 def test_a_short_prompt_after_a_long_one_is_not_encoded_among_many_masked_slots(make: Make) -> None:
     harness = make()
     calls = watch(harness)
-    prefilled(harness, 600)
-    prefilled(harness, 48)
+    harness.prefilled(600)
+    harness.prefilled(48)
     slots = [128] * 6 + [256] * 5 + [512] * 11 + [1024] * 3 + [128] * 2
     assert calls == [(1, size) for size in slots]
 
 
 def test_a_step_has_the_rows_of_its_canvases_only(make: Make) -> None:
     harness = make()
-    sequences = {slot: prefilled(harness, 10 + slot) for slot in range(3)}
+    sequences = {slot: harness.prefilled(10 + slot) for slot in range(3)}
     calls = watch(harness)
     for slots in ((0,), (0, 1), (0, 1, 2)):
         harness.denoise({slot: sequences[slot] for slot in slots})
@@ -284,7 +270,7 @@ def test_a_step_has_the_rows_of_its_canvases_only(make: Make) -> None:
 
 def test_a_growing_context_moves_to_a_larger_workspace(make: Make) -> None:
     harness = make(limits=(2, 24, 4, 800, 60))
-    short, long = prefilled(harness, 20, most=40), prefilled(harness, 115, most=720)
+    short, long = harness.prefilled(20), harness.prefilled(115)
     for _ in range(40):
         harness.denoise({0: short, 1: long})
         harness.denoise({0: short, 1: long})
@@ -297,7 +283,7 @@ def test_a_growing_context_moves_to_a_larger_workspace(make: Make) -> None:
 @pytest.mark.parametrize(("contexts", "calls"), [((64, 100, 200), 1), ((20, 100, 200), 2), ((20, 100, 120), 1)])
 def test_canvases_gather_where_not_too_much_is_masked(make: Make, contexts: tuple[int, ...], calls: int) -> None:
     harness = make()
-    sequences = {slot: prefilled(harness, context) for slot, context in enumerate(contexts)}
+    sequences = {slot: harness.prefilled(context) for slot, context in enumerate(contexts)}
     for _ in range(3):
         harness.denoise(sequences)
     assert harness.program.contexts == 1 + calls
@@ -307,7 +293,7 @@ def test_canvases_gather_where_not_too_much_is_masked(make: Make, contexts: tupl
 @pytest.mark.parametrize("graphs", [True, False])
 def test_steps_are_captured_the_second_time_and_replayed_from_then_on(make: Make, graphs: bool) -> None:
     harness = make(graphs=graphs)
-    sequences = {slot: prefilled(harness, 10 + slot) for slot in range(3)}
+    sequences = {slot: harness.prefilled(10 + slot) for slot in range(3)}
     for _ in range(5):
         harness.denoise(sequences)
     assert [graph.launches for graph in harness.device.graphs] == ([4] if graphs else [])
@@ -320,7 +306,7 @@ def test_steps_are_captured_the_second_time_and_replayed_from_then_on(make: Make
 def test_what_cannot_be_captured_runs_as_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgemma_runtime.engines.host_device._HostContext.can_be_captured", lambda self: False)
     harness = make()
-    sequence = prefilled(harness, 10)
+    sequence = harness.prefilled(10)
     for _ in range(4):
         harness.denoise({0: sequence})
     assert harness.device.graphs == []
@@ -330,109 +316,12 @@ def test_nothing_is_left_after_an_empty_life(make: Make) -> None:
     make().close()
 
 
-# ---------------------------------------------------------------- too little memory
-
-
-def least_memory(make: Make, manifest: Manifest, limits: tuple[int, int, int, int, int]) -> int:
-    """Bytes below which an engine refuses to start."""
-    size = 1000
-    while True:
-        try:
-            make(manifest=manifest, limits=limits, memory_bytes=size).close()
-        except ConfigurationError as error:
-            numbers = re.findall(
-                r"need (\d+) bytes, (\d+) are free; lower kv_memory_bytes, max_model_len or", str(error)
-            )
-            size += int(numbers[0][0]) - int(numbers[0][1])
-        else:
-            return size
-
-
-@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
-def test_an_engine_says_how_much_memory_it_lacks(make: Make, manifest: Manifest, kv_dtype: str) -> None:
-    limits, changed = (3, 24, 4, 260, 40), replace(manifest, kv_dtype=kv_dtype)
-    size = least_memory(make, changed, limits)
-    with pytest.raises(ConfigurationError, match="the contexts of 3 canvases need"):
-        make(manifest=changed, limits=limits, memory_bytes=size - 1)
-    make(manifest=changed, limits=limits, memory_bytes=size)
-
-
-def test_canvases_are_packed_tightly_where_memory_ends(make: Make) -> None:
-    """A workspace with free rows gives way to one canvas with a long context; soft embeddings are kept."""
-    harness = make(limits=(8, 24, 4, 400, 120))
-    short, long = {slot: prefilled(harness, 30 + slot) for slot in range(2)}, prefilled(harness, 600)
-    harness.denoise(short)
-    graphs = len(harness.device.graphs)
-    harness.device.memory_bytes = harness.device.allocated_bytes + 50_000
-    harness.denoise({**short, 5: long})
-    assert harness.device.allocated_bytes < harness.device.memory_bytes
-    for _ in range(3):
-        harness.denoise({**short, 5: long})
-    assert len(harness.device.graphs) == graphs + 2
-
-
-def test_an_encode_call_finds_room_too(make: Make) -> None:
-    harness = make(limits=(8, 24, 4, 400, 120))
-    sequences = {slot: prefilled(harness, 30 + slot, most=400) for slot in range(2)}
-    other = prefilled(harness, 120, most=400)
-    harness.denoise(sequences)
-    harness.device.memory_bytes = harness.device.allocated_bytes + 1000
-    harness.encode([other], [24])
-    harness.encode([other], [24])
-    harness.denoise({**sequences, 2: other})
-
-
-def test_memory_that_ends_for_good_is_an_error(make: Make) -> None:
-    harness = make()
-    sequence = prefilled(harness, 30)
-    harness.device.memory_bytes = harness.device.allocated_bytes
-    with pytest.raises(
-        EngineError, match="too little memory: the sliding_attention layers' caches, 1 rows of 16 slots"
-    ):
-        harness.denoise({0: sequence})
-
-
-# ---------------------------------------------------------------- any order of events
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(data=st.data())
-def test_any_order_of_events(make: Make, manifest: Manifest, data: st.DataObject) -> None:
-    """Sequences come, grow, denoise in changing company, and go; all pages are always somebody's or free."""
-    limits = (3, 24, 4, 260, 40)
-    model = replace(manifest.model, layers=data.draw(st.sampled_from([manifest.model.layers, SEVERAL])))
-    manifest = replace(manifest, model=model, kv_dtype=data.draw(st.sampled_from(["bf16", "fp8"])))
-    memory = data.draw(st.sampled_from([2**40, 0])) or least_memory(make, manifest, limits)
-    slot_group = data.draw(st.sampled_from([1, 64]))
-    harness = make(limits=limits, manifest=manifest, memory_bytes=memory, slot_group=slot_group)
-    live: dict[int, Sequence] = {}
-    for _ in range(data.draw(st.integers(1, 25))):
-        free = [slot for slot in range(3) if slot not in live]
-        kind = data.draw(st.sampled_from(["start", "encode", "denoise", "denoise", "leave", "end"]))
-        if kind == "start" and free:
-            live[free[0]] = prefilled(harness, data.draw(st.integers(1, 200)), most=340)
-            continue
-        chosen = {slot: one for slot, one in live.items() if data.draw(st.booleans())}
-        if kind == "encode":
-            ready = [one for one in chosen.values() if one.slot is None and one.length < 310]
-            harness.encode(ready, [data.draw(st.integers(1, 24)) for _ in ready])
-        elif kind == "denoise" and chosen:
-            harness.denoise(chosen)
-        else:
-            for slot, one in chosen.items():
-                if kind == "leave" and one.slot is not None:
-                    harness.leave(one)
-                elif kind == "end":
-                    harness.end(live.pop(slot))
-    harness.close()
-
-
 # ---------------------------------------------------------------- inspection
 
 
 def test_a_soft_embedding_can_be_read_and_replaced(make: Make) -> None:
     harness = make()
-    sequences = {slot: prefilled(harness, 10 + slot) for slot in range(2)}
+    sequences = {slot: harness.prefilled(10 + slot) for slot in range(2)}
     harness.denoise(sequences)
     one = sequences[1]
     assert one.soft is not None

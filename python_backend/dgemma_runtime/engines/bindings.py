@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgemma_runtime.contract import FULL, LayerSpec, Manifest, ModelSpec, cache_dtypes, sliding_slots
-from dgemma_runtime.engines.device import TensorSpec
+from dgemma_runtime.engines.device import Shapes, TensorSpec
 from dgemma_runtime.errors import ManifestError
 
-DENOISE, ENCODE = 0, 1  # optimisation profiles: B = R canvases, or one row of up to max_encode_tokens and R = 0
+# Optimisation profiles: up to max_batch_size rows of a canvas's length, any number of them canvases; or one row of up
+# to max_encode_tokens, which is none.
+DENOISE, ENCODE = 0, 1
 CACHES = (("key_cache", "new_keys"), ("value_cache", "new_values"))  # in the order of `cache_dtypes`
 CALL_INPUTS = {  # name -> type, dimensions
     "token_ids": ("int32", "BL"),
@@ -26,6 +28,7 @@ CALL_INPUTS = {  # name -> type, dimensions
     "temperature": ("fp32", "R"),
     "uniforms": ("fp32", "RL"),
 }
+ROW_INPUTS = ("token_ids", "position", "sliding_length")
 RESULTS = {"argmax_ids": ("int32", "RL"), "sampled_ids": ("int32", "RL"), "entropies": ("fp32", "RL")}
 SOFT_TYPES = ("bf16", "fp16", "fp32")
 
@@ -43,26 +46,32 @@ class Bindings:
     max_encode_tokens: int
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Every input and output; `largest` is what the engine must take at least."""
+        """Every input and output; an engine must take shapes from `least` to `largest`."""
         batch, canvas = self.max_batch_size, self.spec.canvas_length
-        profiles = ({"B": batch, "L": canvas, "R": batch}, {"B": 1, "L": self.max_encode_tokens, "R": 0})
+        least = ({"B": 1, "L": canvas, "R": 0}, {"B": 1, "L": 1, "R": 0})
+        largest = ({"B": batch, "L": canvas, "R": batch}, {"B": 1, "L": self.max_encode_tokens, "R": 0})
         specs = {}
-        for table in (CALL_INPUTS, RESULTS):
-            for name, (dtype, axes) in table.items():
-                largest = tuple(tuple(sizes[axis] for axis in axes) for sizes in profiles)
-                is_input = table is CALL_INPUTS
-                specs[name] = TensorSpec(is_input, dtype, (-1,) * len(axes), largest if is_input else ())
-        soft, hidden = (-1, -1, self.spec.hidden_size), self.spec.hidden_size
-        largest = tuple((sizes["R"], sizes["L"], hidden) for sizes in profiles)
-        specs["soft_embedding"] = TensorSpec(True, self.soft_dtype, soft, largest)
-        specs["next_soft_embedding"] = TensorSpec(False, self.soft_dtype, soft)
+
+        def shapes(axes: str, *last: int) -> tuple[Shapes, Shapes]:
+            few, many = (tuple((*(sizes[axis] for axis in axes), *last) for sizes in of) for of in (least, largest))
+            return few, many
+
+        for name, (dtype, axes) in CALL_INPUTS.items():
+            specs[name] = TensorSpec(True, dtype, (-1,) * len(axes), *shapes(axes))
+        for name, (dtype, axes) in RESULTS.items():
+            specs[name] = TensorSpec(False, dtype, (-1,) * len(axes))
+        hidden = self.spec.hidden_size
+        specs["soft_embedding"] = TensorSpec(True, self.soft_dtype, (-1, -1, hidden), *shapes("RL", hidden))
+        specs["next_soft_embedding"] = TensorSpec(False, self.soft_dtype, (-1, -1, hidden))
         for index, layer in enumerate(self.spec.layers):
-            sizes = self.cache_shape(layer, -1, -1 if layer.kind == FULL else sliding_slots(self.spec))
-            slots = self.largest_slots if layer.kind == FULL else sliding_slots(self.spec)
-            largest = tuple(self.cache_shape(layer, rows, slots) for rows in (batch, 1))
+            held = sliding_slots(self.spec)
+            sizes = self.cache_shape(layer, -1, -1 if layer.kind == FULL else held)
+            few, many = (self.slot_group, self.largest_slots) if layer.kind == FULL else (held, held)
+            smallest = (self.cache_shape(layer, 1, few),) * 2
+            most = tuple(self.cache_shape(layer, rows, many) for rows in (batch, 1))
             fresh = (-1, layer.num_key_value_heads, -1, layer.head_dim)
             for (cache, new), dtype in zip(CACHES, cache_dtypes(self.kv_dtype, layer), strict=True):
-                specs[f"{cache}_{index}"] = TensorSpec(True, dtype, sizes, largest)
+                specs[f"{cache}_{index}"] = TensorSpec(True, dtype, sizes, smallest, most)
                 specs[f"{new}_{index}"] = TensorSpec(False, dtype, fresh)
         return specs
 
@@ -127,6 +136,9 @@ def _difference(needed: TensorSpec | None, found: TensorSpec | None) -> str:
     for profile, (most, given) in enumerate(zip(needed.largest, found.largest, strict=True)):
         if any(size > bound for size, bound in zip(most, given, strict=True)):
             return f"profile {profile} of the engine takes up to {given}, this runtime was set up for {most}"
+    for profile, (fewest, given) in enumerate(zip(needed.least, found.least, strict=True)):
+        if any(size < bound for size, bound in zip(fewest, given, strict=True)):
+            return f"profile {profile} of the engine takes no less than {given}, this runtime needs {fewest}"
     return ""
 
 

@@ -80,7 +80,7 @@ class Transfer:
 
 
 class CallMemory:
-    """Inputs, results and soft embeddings of up to `rows` rows; `heads` of them, all or none, are canvases."""
+    """Inputs, results and soft embeddings of up to `rows` rows, up to `heads` of them canvases."""
 
     def __init__(self, device: Device, bindings: Bindings, rows: int, heads: int, length: int) -> None:
         self._hidden = bindings.spec.hidden_size
@@ -96,8 +96,6 @@ class CallMemory:
             self.next_soft = device.allocate(soft_bytes, "the soft embeddings")
             held.callback(device.free, self.next_soft)
             self._held = held.pop_all()
-        self.inputs.arrays["is_canvas"][:] = heads > 0
-        self.inputs.arrays["canvas_rows"][:] = range(heads)
         self.inputs.arrays["temperature"][:] = 1.0
 
     def tensors(self, rows: int, heads: int, length: int) -> dict[str, Tensor]:

@@ -84,6 +84,9 @@ class CudaDevice:
 
     def _plain(self, name: str, *arguments: Any) -> Any:
         status, *results = getattr(self._cuda, name)(*arguments)
+        if status == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+            self._cuda.cudaGetLastError()  # or the next call would return it again
+            raise OutOfMemory(None, f"results of {name}", self.available_bytes())
         if status != self._cuda.cudaError_t.cudaSuccess:
             raise EngineError(f"{name}: {self._text(status)}")
         return results[0] if results else None
@@ -175,6 +178,8 @@ class CudaDevice:
                 executable = self._call("cudaGraphInstantiate", graph, 0)
             finally:
                 self._give_back("cudaGraphDestroy", graph)
+        except OutOfMemory:
+            raise
         except EngineError as error:
             raise EngineError(f"{error}; a step could not be captured: set cuda_graphs to false") from None
         captured = CudaGraph(self, executable)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from dgemma_runtime.errors import EngineError
 
 Array = npt.NDArray[Any]
+Shapes = tuple[tuple[int, ...], ...]  # by profile
 HostBytes = npt.NDArray[np.uint8]
 
 # How a type is stored in an array; numpy has no bf16 and no fp8 (E4M3), so these are their bits.
@@ -32,11 +33,12 @@ ALIGNMENT = 256  # bytes; TensorRT asks it of every tensor's address
 
 
 class OutOfMemory(EngineError):
-    """The device has too little memory for one allocation."""
+    """The device has too little memory for one allocation, or its driver has; of how much it may not tell."""
 
-    def __init__(self, needed_bytes: int, purpose: str, free_bytes: int) -> None:
+    def __init__(self, needed_bytes: int | None, purpose: str, free_bytes: int) -> None:
+        need = "more" if needed_bytes is None else needed_bytes
         super().__init__(
-            f"the GPU has too little memory: {purpose} need {needed_bytes} bytes, {free_bytes} are free; "
+            f"the GPU has too little memory: {purpose} need {need} bytes, {free_bytes} are free; "
             "lower kv_memory_bytes, max_model_len or max_batch_size"
         )
 
@@ -48,7 +50,8 @@ class TensorSpec:
     is_input: bool
     dtype: str  # a key of STORAGE
     shape: tuple[int, ...]
-    largest: tuple[tuple[int, ...], ...] = ()  # of an input: its largest shape by profile
+    least: Shapes = ()  # of an input
+    largest: Shapes = ()
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class _Engine:
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         assert self.specs[name].is_input
-        return [(), (), self.specs[name].largest[profile]]
+        return [self.specs[name].least[profile], (), self.specs[name].largest[profile]]
 
     def create_runtime_config(self) -> Any:
         config = SimpleNamespace(create_runtime_cache=lambda: "a cache", strategy=None, cache=None)

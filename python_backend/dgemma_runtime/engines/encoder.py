@@ -16,7 +16,7 @@ from dgemma_runtime.engines.call_memory import (
     slots_for,
     smallest_slots,
 )
-from dgemma_runtime.engines.kv_memory import Block, RowContent
+from dgemma_runtime.engines.kv_memory import Added, Block, RowContent
 from dgemma_runtime.engines.workspace import Shared
 
 
@@ -38,7 +38,7 @@ class Encoder:
         self._content = RowContent(self._slots, shared.memory.limits.page_size)
 
     def encode(self, row: EncodeRow) -> None:
-        """Queue, run and wait."""
+        """Queue, run and wait. Raises OutOfMemory before anything is written."""
         memory, length = self._shared.memory, len(row.token_ids)
         inputs = self._small.inputs.arrays
         inputs["token_ids"][0, :length] = row.token_ids
@@ -50,7 +50,7 @@ class Encoder:
         tensors = cache_tensors(self._shared.bindings, caches, fresh, 1)
         self._context.bind(self._small.tensors(1, 0, length) | tensors)
         self._context.enqueue()
-        memory.store(fresh, row)
+        memory.store(fresh, Added(0, row.position, length, row.pages))
         memory.device.synchronize()
 
     def _caches(self, position: int) -> list[Block]:
@@ -60,6 +60,7 @@ class Encoder:
         slots = self._slots if fits else slots_for(need, bindings)
         if slots > self._allocated:
             free_blocks(self._shared.memory, self._memory)
+            self._allocated = 0  # should there be no memory for more
             self._memory = allocate_blocks(self._shared.memory, 1, slots)
             self._allocated = slots
         if slots != self._slots:  # what is there lies elsewhere with another number of slots

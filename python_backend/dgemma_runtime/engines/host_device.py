@@ -221,8 +221,8 @@ class HostProgram:
         pairs = zip(tensor.shape, spec.shape, strict=True)
         assert all(size == fixed or fixed < 0 for size, fixed in pairs), f"{name}: {tensor.shape}, {spec.shape}"
         if spec.is_input:
-            most = spec.largest[profile]
-            assert all(size <= bound for size, bound in zip(tensor.shape, most, strict=True)), f"{name}: {tensor.shape}"
+            for least, size, most in zip(spec.least[profile], tensor.shape, spec.largest[profile], strict=True):
+                assert least <= size <= most, f"{name}: {tensor.shape}"
         storage = STORAGE[spec.dtype]
         nbytes = int(np.prod(tensor.shape)) * storage.itemsize
         return self.device.view(tensor.address, nbytes).view(storage).reshape(tensor.shape)

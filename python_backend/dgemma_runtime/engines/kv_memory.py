@@ -18,7 +18,6 @@ import numpy.typing as npt
 from dgemma_runtime.contract import (
     FULL,
     SLIDING,
-    EncodeRow,
     EngineLimits,
     ModelSpec,
     SequencePages,
@@ -95,6 +94,16 @@ class Block:
         return Pitched(self.address + offset, self.pitch, self.planes)
 
 
+@dataclass(frozen=True)
+class Added:
+    """Tokens that a call adds to a sequence: the call's row they stand in, and where they belong."""
+
+    row: int
+    position: int  # tokens of the sequence before them
+    count: int
+    pages: SequencePages
+
+
 class RowContent:
     """Which full-layer pages a row of a block holds copies of. A page's copy is good while its version is the same."""
 
@@ -162,18 +171,35 @@ class KvMemory:
             page = int(pages.sliding[first // size])
             self._copy_pages(blocks, SLIDING, row, page, first % size, first - start, last - first)
 
-    def store(self, fresh: Sequence[Block], row: EncodeRow) -> None:
-        """Copy the keys and values of a row's tokens from row 0 of `fresh` to its pages."""
-        size = self.limits.page_size
-        for first, last in page_spans(row.position, row.position + len(row.token_ids), size):
+    def store(self, fresh: Sequence[Block], added: Added) -> None:
+        """Copy the keys and values of new tokens from `fresh` to their pages."""
+        size, pages = self.limits.page_size, added.pages
+        for first, last in page_spans(added.position, added.position + added.count, size):
             for group, pool, page_bytes, block in self._together(fresh):
-                page = int((row.pages.full if group.kind == FULL else row.pages.sliding)[first // size])
+                page = int((pages.full if group.kind == FULL else pages.sliding)[first // size])
                 if page < 0:  # a chunk longer than the window fills sliding pages that are gone already
                     continue
                 extent = ((last - first) * group.token_bytes, group.kv_heads, len(group.tensors))
                 target = self._page(group, pool + page * page_bytes, first % size)
-                self.device.copy(target, block.at(0, first - row.position), extent)
-            self._versions[row.pages.full[first // size]] += 1
+                self.device.copy(target, block.at(added.row, first - added.position), extent)
+            self._versions[pages.full[first // size]] += 1
+
+    def append(self, fresh: Sequence[Block], blocks: Sequence[Block], added: Added, content: RowContent) -> None:
+        """`store`, and the full layers' also behind the context that the tokens' row of `blocks` holds: it is laid out
+        with them. Sliding layers' contexts move on, and are laid out again.
+        """
+        size = self.limits.page_size
+        for new, block in zip(fresh, blocks, strict=True):
+            if new.group.kind == FULL:
+                extent = (added.count * new.group.token_bytes, new.group.kv_heads, len(new.group.tensors))
+                self.device.copy(block.at(added.row, added.position), new.at(added.row, 0), extent)
+        before = self._versions[added.pages.full]
+        self.store(fresh, added)
+        for first, last in page_spans(added.position, added.position + added.count, size):
+            index, page = first // size, int(added.pages.full[first // size])
+            good = content.pages[index] == page and content.versions[index] == before[index]
+            content.pages[index] = page if good or first % size == 0 else -1
+            content.versions[index], content.tokens[index] = self._versions[page], last - index * size
 
     def move(self, blocks: Sequence[Block], source: int, target: int, position: int) -> None:
         """Copy a row's `position` tokens of context to another row."""

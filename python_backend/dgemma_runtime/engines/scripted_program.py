@@ -14,7 +14,7 @@ from itertools import chain
 import numpy as np
 
 from dgemma_runtime.contract import FULL, Float32Array, Int32Array, ModelSpec, cache_dtypes
-from dgemma_runtime.engines.bindings import DENOISE, ENCODE, Bindings
+from dgemma_runtime.engines.bindings import DENOISE, Bindings
 from dgemma_runtime.engines.device import STORAGE, Array
 from dgemma_runtime.engines.host_device import HostDevice, HostProgram
 
@@ -92,23 +92,33 @@ class _Call:
     outputs: Mapping[str, Array]
 
     def run(self, profile: int) -> None:
-        inputs, outputs, spec = self.inputs, self.outputs, self.bindings.spec
-        rows = len(inputs["position"])
-        assert (inputs["is_canvas"] == (profile == DENOISE)).all()
-        assert inputs["canvas_rows"].tolist() == (list(range(rows)) if profile == DENOISE else [])
+        inputs, spec = self.inputs, self.bindings.spec
+        canvases = inputs["canvas_rows"].tolist()
+        assert profile == DENOISE or not canvases
+        assert sorted(canvases) == np.flatnonzero(inputs["is_canvas"]).tolist()
         assert np.array_equal(inputs["sliding_length"], np.minimum(inputs["position"], spec.sliding_window - 1))
-        for row in range(rows):
+        for row in range(len(inputs["position"])):
             position = int(inputs["position"][row])
             context = [self._context(layer, row, position) for layer in range(len(spec.layers))]
-            token_ids = inputs["token_ids"][row]
-            for layer, new in enumerate(new_keys_values(self.bindings, context, token_ids, position)):
-                outputs[f"new_keys_{layer}"][row], outputs[f"new_values_{layer}"][row] = new
-            if profile == ENCODE:
-                continue
-            temperature, soft = float(inputs["temperature"][row]), inputs["soft_embedding"][row]
-            got = answer(self.bindings, context, token_ids, inputs["uniforms"][row], temperature, position, soft)
-            outputs["argmax_ids"][row], outputs["sampled_ids"][row] = got.argmax_ids, got.sampled_ids
-            outputs["entropies"][row], outputs["next_soft_embedding"][row] = got.entropies, got.next_soft
+            if row in canvases:
+                self._step(row, canvases.index(row), context)
+            else:
+                self._encode(row, context)
+
+    def _encode(self, row: int, context: Context) -> None:
+        inputs, outputs = self.inputs, self.outputs
+        new = new_keys_values(self.bindings, context, inputs["token_ids"][row], int(inputs["position"][row]))
+        for layer, both in enumerate(new):
+            outputs[f"new_keys_{layer}"][row], outputs[f"new_values_{layer}"][row] = both
+
+    def _step(self, row: int, place: int, context: Context) -> None:
+        inputs, outputs = self.inputs, self.outputs
+        given = (inputs["token_ids"][row], inputs["uniforms"][place], float(inputs["temperature"][place]))
+        got = answer(self.bindings, context, *given, int(inputs["position"][row]), inputs["soft_embedding"][place])
+        outputs["argmax_ids"][place], outputs["sampled_ids"][place] = got.argmax_ids, got.sampled_ids
+        outputs["entropies"][place], outputs["next_soft_embedding"][place] = got.entropies, got.next_soft
+        for layer in range(len(self.bindings.spec.layers)):  # a canvas's own are nobody's
+            outputs[f"new_keys_{layer}"][row] = outputs[f"new_values_{layer}"][row] = 0
 
     def _context(self, layer: int, row: int, position: int) -> KeysValues:
         of_keys, of_values = cache_dtypes(self.bindings.kv_dtype, self.bindings.spec.layers[layer])

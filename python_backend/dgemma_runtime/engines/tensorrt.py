@@ -2,14 +2,18 @@
 
 Keys and values live in page pools on the device. A canvas's context is laid out once, at its first step, in a row of a
 workspace; from then on a step is one replayed graph that takes ids, uniforms and temperatures in and gives argmax,
-sample and entropies out, for all canvases of the workspace. Soft embeddings stay on the device.
+sample and entropies out, for all canvases of the workspace. Soft embeddings stay on the device. A canvas that has
+ended is encoded in its row beside the others' next step, and its keys and values stay there for the next canvas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,8 +35,8 @@ from dgemma_runtime.engines.device import Device, OutOfMemory, Program
 from dgemma_runtime.engines.encoder import Encoder
 from dgemma_runtime.engines.kv_memory import KEYS, VALUES, KvMemory
 from dgemma_runtime.engines.number_formats import from_float32, to_float32
-from dgemma_runtime.engines.workspace import Shared, Workspace
-from dgemma_runtime.errors import ConfigurationError, ManifestError
+from dgemma_runtime.engines.workspace import Occupant, Shared, Workspace
+from dgemma_runtime.errors import ConfigurationError, EngineMemoryError, ManifestError
 
 BACKENDS = ("tensorrt", "tensorrt_rtx", "tensorrt_llm")
 ENGINE_FILE = "rank0.engine"
@@ -41,6 +45,7 @@ _WASTE = 4  # a canvas may stand among so many times as many slots as it needs, 
 _SPARE_SLOTS = 4096  # by which rounding up makes a row longer than its context, at most
 
 Loader = Callable[[Path], Program]
+_T = TypeVar("_T")
 
 
 def check_manifest(directory: Path, manifest: Manifest) -> None:
@@ -56,6 +61,16 @@ def check_manifest(directory: Path, manifest: Manifest) -> None:
         raise ManifestError(
             f"{directory}: the manifest lists no {ENGINE_FILE}; build the engine again with `dgemma-build engine`"
         )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one workspace does in a call."""
+
+    workspace: Workspace
+    members: list[int]  # places of `rows` in the call
+    rows: list[DenoiseRow]
+    commits: list[CommitRow]
 
 
 class TensorRtEngine:
@@ -81,7 +96,8 @@ class TensorRtEngine:
             self._held = held.pop_all()
         self._device = device
         self._workspaces: list[Workspace] = []
-        self._where: dict[int, Workspace] = {}  # canvas slot -> its workspace
+        self._where: dict[int, Workspace] = {}  # slot -> its workspace
+        self._parked: dict[int, Occupant] = {}  # by slot: canvases for which there was no memory
 
     def _open(self, held: ExitStack, device: Device, path: Path, load: Loader, graphs: bool) -> None:
         program, limits = load(path), self.limits
@@ -105,37 +121,30 @@ class TensorRtEngine:
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         for row in rows:
             assert 1 <= len(row.token_ids) <= self.limits.max_encode_tokens
-            try:
-                self._encoder.encode(row)
-            except OutOfMemory:
-                self._drop_empty()
-                self._pack_tightly()
-                self._encoder.encode(row)
+            self._with_room(partial(self._encoder.encode, row))
 
     def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
-        if commits:
-            self.encode([EncodeRow(row.token_ids, row.position, row.pages) for row in commits])
-        starting = [row for row in rows if row.first_step]
-        for row in sorted(starting, key=lambda row: -row.position):  # shorter contexts join longer ones
-            self._place(row.slot, row.position, row.pages)
-        queued = []
-        for workspace in {id(self._where[row.slot]): self._where[row.slot] for row in rows}.values():
-            members = [index for index, row in enumerate(rows) if self._where[row.slot] is workspace]
-            queued.append((workspace, members, workspace.run([rows[index] for index in members])))
-        self._device.synchronize()
+        slots = [row.slot for row in rows] + [row.slot for row in commits]
+        assert len(set(slots)) == len(slots)
         shape = (len(rows), self.spec.canvas_length)
         argmax, sampled = np.empty(shape, np.int32), np.empty(shape, np.int32)
         entropies = np.empty(shape, np.float32)
-        for workspace, members, places in queued:
-            argmax[members] = workspace.results["argmax_ids"][places]
-            sampled[members] = workspace.results["sampled_ids"][places]
-            entropies[members] = workspace.results["entropies"][places]
+        batches = self._with_room(lambda: self._prepare(rows, commits))
+        places = [batch.workspace.run(batch.rows, batch.commits) for batch in batches]
+        self._device.synchronize()
+        for batch, chosen in zip(batches, places, strict=True):
+            results = batch.workspace.results
+            argmax[batch.members] = results["argmax_ids"][chosen]
+            sampled[batch.members] = results["sampled_ids"][chosen]
+            entropies[batch.members] = results["entropies"][chosen]
+            for commit in batch.commits:
+                if commit.position + self.spec.canvas_length > batch.workspace.slots:
+                    self.release(commit.slot)  # the next canvas will be elsewhere
         return DenoiseResult(argmax, sampled, entropies)
 
     def release(self, slot: int) -> None:
-        workspace = self._where.pop(slot, None)
-        if workspace is not None:
-            workspace.leave(slot)
+        self._parked.pop(slot, None)
+        self._leave(slot)
 
     def close(self) -> None:
         while self._workspaces:
@@ -143,13 +152,55 @@ class TensorRtEngine:
         self._where.clear()
         self._held.close()
 
-    # ------------------------------------------------------------ workspaces
+    # ------------------------------------------------------------ memory
+
+    def _with_room(self, work: Callable[[], _T]) -> _T:
+        """Once more with all canvases packed tightly where memory ends. Raises EngineMemoryError where it still does;
+        no canvas is lost then, and `work` can be done once slots are released.
+        """
+        try:
+            return work()
+        except OutOfMemory:
+            self._drop_empty()
+        try:
+            self._pack_tightly()
+            return work()
+        except OutOfMemory as error:
+            raise EngineMemoryError(str(error)) from error
+
+    def _prepare(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow]) -> list[_Batch]:
+        """All that takes memory, so that what follows cannot fail for want of it. May be done again."""
+        for row in rows:
+            if row.slot in self._parked and not row.first_step:
+                self._bring_back(row.slot)
+        missing = [(row.position, row.slot, row.pages) for row in rows if row.first_step]
+        missing += [(commit.position, commit.slot, commit.pages) for commit in commits if not self._has_canvas(commit)]
+        for position, slot, pages in sorted(missing, key=lambda one: -one[0]):  # shorter contexts join longer ones
+            self._place(slot, position, pages)
+        batches = []
+        slots = [row.slot for row in rows] + [commit.slot for commit in commits]
+        for workspace in {id(self._where[slot]): self._where[slot] for slot in slots}.values():
+            members = [index for index, row in enumerate(rows) if self._where[row.slot] is workspace]
+            ended = [commit for commit in commits if self._where[commit.slot] is workspace]
+            batches.append(_Batch(workspace, members, [rows[index] for index in members], ended))
+            workspace.prepare(len(members), len(ended))
+        return batches
+
+    def _has_canvas(self, row: CommitRow) -> bool:
+        workspace = None if row.slot in self._parked else self._where.get(row.slot)
+        return workspace is not None and workspace.has_canvas(row.slot, row.position)
+
+    def _leave(self, slot: int) -> None:
+        workspace = self._where.pop(slot, None)
+        if workspace is not None:
+            workspace.leave(slot)
 
     def _place(self, slot: int, position: int, pages: SequencePages) -> None:
-        self.release(slot)
+        self._leave(slot)
         workspace = self._fitting(slot, position) or self._new(position)
         workspace.place(slot, position, pages)
         self._where[slot] = workspace
+        self._parked.pop(slot, None)
 
     def _fitting(self, slot: int, need: int) -> Workspace | None:
         """Where canvases are, rather than none; then the largest, so that all gather there; then where it was."""
@@ -159,22 +210,22 @@ class TensorRtEngine:
             for workspace in self._workspaces
             if need <= workspace.slots <= longest and workspace.occupied < workspace.capacity
         ]
-        fitting.sort(key=lambda one: (one.occupied == 0, -one.slots, not one.remembers(slot)))
+        fitting.sort(key=lambda one: (one.occupied == 0, -one.slots, -one.capacity, not one.remembers(slot)))
         return fitting[0] if fitting else None
 
     def _new(self, need: int) -> Workspace:
-        """With room for more canvases where memory allows, else for this one."""
+        """With room for more canvases where memory allows, else for this one. Sequences that share pages may be more
+        than pages would fill.
+        """
         self._drop_empty()
-        slots = slots_for(need, self._bindings)
-        pool_tokens = self.limits.full_pages * self.limits.page_size
-        capacity = min(self.limits.max_batch_size, max(1, pool_tokens // slots))
-        for rows in dict.fromkeys((capacity, 1)):
-            try:
-                return self._add(rows, slots)
-            except OutOfMemory:
-                continue
-        self._pack_tightly()
-        return self._add(1, slots)
+        slots, most = slots_for(need, self._bindings), self.limits.max_batch_size
+        alike = sum(workspace.occupied for workspace in self._workspaces if workspace.slots == slots)
+        filled = self.limits.full_pages * self.limits.page_size // slots
+        capacity = min(most, max(filled, 1 << alike.bit_length()))
+        try:
+            return self._add(capacity, slots)
+        except OutOfMemory:
+            return self._add(1, slots)
 
     def _add(self, capacity: int, slots: int) -> Workspace:
         self._workspaces.append(Workspace(self._shared, capacity, slots))
@@ -186,21 +237,27 @@ class TensorRtEngine:
             workspace.close()
 
     def _pack_tightly(self) -> None:
-        """Lay every canvas out again in no more memory than they need; the pages have all but the soft embeddings."""
-        canvases = [
-            (canvas, workspace.read_soft(canvas[0]))
-            for workspace in self._workspaces
-            for canvas in workspace.occupants()
-        ]
+        """Lay every canvas out again in no more memory than they need; the pages have all but the soft embeddings.
+        Raises OutOfMemory with those parked that found no room.
+        """
+        canvases = {one.slot: one for workspace in self._workspaces for one in workspace.occupants()}
+        self._parked = canvases | self._parked
         while self._workspaces:
             self._workspaces.pop().close()
-        for slots in sorted({slots_for(canvas[1], self._bindings) for canvas, _ in canvases}):
-            members = [entry for entry in canvases if slots_for(entry[0][1], self._bindings) == slots]
-            workspace = self._add(len(members), slots)
-            for (slot, position, pages), soft in members:
-                workspace.place(slot, position, pages)
-                workspace.write_soft(slot, soft)
-                self._where[slot] = workspace
+        self._where.clear()
+        for slots in sorted({slots_for(one.position, self._bindings) for one in self._parked.values()}):
+            members = [one for one in self._parked.values() if slots_for(one.position, self._bindings) == slots]
+            self._add(len(members), slots)
+            for one in members:
+                self._bring_back(one.slot)
+
+    def _bring_back(self, slot: int) -> None:
+        """Lay a parked canvas out again, as it was."""
+        one = self._parked[slot]
+        self._place(slot, one.position, one.pages)
+        self._parked[slot] = one  # until its soft embedding is there
+        self._where[slot].write_soft(slot, one.soft)
+        del self._parked[slot]
 
     # ------------------------------------------------------------ inspection, for parity checks
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import mmap
+import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -106,12 +107,11 @@ class TensorRtProgram:
             name = engine.get_tensor_name(index)
             dtype = engine.get_tensor_dtype(name).name
             is_input = engine.get_tensor_mode(name) == self._library.TensorIOMode.INPUT
-            largest = tuple(
-                tuple(engine.get_tensor_profile_shape(name, profile)[2])
-                for profile in range(engine.num_optimization_profiles if is_input else 0)
-            )
+            profiles = range(engine.num_optimization_profiles if is_input else 0)
+            shapes = [engine.get_tensor_profile_shape(name, profile) for profile in profiles]
+            least, largest = (tuple(tuple(shape[which]) for shape in shapes) for which in (0, 2))
             shape = tuple(engine.get_tensor_shape(name))
-            tensors[name] = TensorSpec(is_input, _TYPES.get(dtype, dtype.lower()), shape, largest)
+            tensors[name] = TensorSpec(is_input, _TYPES.get(dtype, dtype.lower()), shape, least, largest)
         return tensors
 
     def _rtx_cache(self) -> Any:
@@ -121,8 +121,11 @@ class TensorRtProgram:
         return self._engine.create_runtime_config().create_runtime_cache()
 
     def context(self, profile: int) -> TensorRtContext:
-        """Raises EngineError."""
+        """Raises EngineError, OutOfMemory where TensorRT says so."""
+        self._messages.clear()
         created = self._create(profile)
+        if created is None and re.search("out ?of ?memory", self.errors(), re.IGNORECASE):
+            raise OutOfMemory(None, "TensorRT's execution contexts", self._device.available_bytes())
         if created is None:
             raise self.failure("cannot make an execution context")
         context = TensorRtContext(self, created)
