@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dgemma_build.emulation import EmulatedBackend, open_emulated
 from dgemma_runtime.codec import Codec
@@ -45,11 +46,9 @@ def open_measured(directory: Path, limits: EngineLimits, threads: int) -> Engine
 
 
 @contextmanager
-def running_service(
-    directory: Path, max_batch_size: int = 4, threads: int = 0, max_model_len: int | None = None
-) -> Iterator[Service]:
-    """A started service on an engine directory; stopped on leaving."""
-    settings = RuntimeSettings(max_batch_size=max_batch_size, threads=threads, max_model_len=max_model_len)
+def running_service(directory: Path, max_batch_size: int = 4, threads: int = 0, **more: Any) -> Iterator[Service]:
+    """A started service on an engine directory; stopped on leaving. `more` are more of RuntimeSettings."""
+    settings = RuntimeSettings(max_batch_size=max_batch_size, threads=threads, **more)
     manifest = Manifest.load(directory)
     engine = open_measured(directory, plan_limits(manifest, settings), threads)
     defaults = default_parameters(manifest.generation_defaults)
