@@ -116,9 +116,7 @@ class GenerationParameters:
         if self.t_min > self.t_max:
             raise InvalidRequest("t_min", f"must be at most t_max, got t_min {self.t_min:g} > t_max {self.t_max:g}")
         _check_stop(self.stop)
-        if len(self.cache_salt) > MAX_SALT_CHARACTERS:
-            message = f"must have at most {MAX_SALT_CHARACTERS} characters, got {len(self.cache_salt)}; send its hash"
-            raise InvalidRequest("cache_salt", message)
+        _check_salt(self.cache_salt)
         if self.stream_previews and not self.stream:
             raise InvalidRequest("stream_previews", "needs stream=true; without it only the final text is sent")
 
@@ -256,6 +254,17 @@ def _check_stop(stop: tuple[str, ...]) -> None:
         if not 1 <= len(item) <= MAX_STOP_CHARACTERS:
             message = f"each string must have 1 to {MAX_STOP_CHARACTERS} characters, got one of {len(item)}"
             raise InvalidRequest("stop", message)
+
+
+def _check_salt(salt: str) -> None:
+    if len(salt) > MAX_SALT_CHARACTERS:
+        message = f"must have at most {MAX_SALT_CHARACTERS} characters, got {len(salt)}; send its hash"
+        raise InvalidRequest("cache_salt", message)
+    try:
+        salt.encode()
+    except UnicodeEncodeError as error:
+        message = f"is not valid Unicode: a lone surrogate at character {error.start}; leave it out"
+        raise InvalidRequest("cache_salt", message) from None
 
 
 def _same(value: object, other: object) -> bool:

@@ -154,7 +154,10 @@ class Stream:
 
 
 class Caller:
-    """Sends requests to a server; inputs by name, as plain values, lists, or arrays for other shapes and types."""
+    """Sends requests to a server; inputs by name, as plain values, lists, or arrays for other shapes and types.
+
+    `timeout_s` is the stream's, kept by gRPC; `timeout_us` is Triton's own, which the request carries.
+    """
 
     def __init__(self, server: RunningServer) -> None:
         self.server = server
@@ -164,6 +167,7 @@ class Caller:
         self,
         *,
         timeout_s: float | None = 60.0,
+        timeout_us: int | None = None,
         request_id: str = "",
         parameters: Mapping[str, Any] | None = None,
         outputs: list[str] | None = None,
@@ -177,6 +181,7 @@ class Caller:
                 [_tensor(name, value) for name, value in inputs.items()],
                 outputs=None if outputs is None else [triton.InferRequestedOutput(name) for name in outputs],
                 request_id=request_id,
+                timeout=timeout_us,
                 enable_empty_final_response=True,
                 parameters=parameters,
             )

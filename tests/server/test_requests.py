@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,41 @@ def test_outputs_on_request_only(caller: Caller) -> None:
     quiet = {"return_finish_reason": False, "return_num_input_tokens": False, "return_num_output_tokens": False}
     left_out = {"finish_reason", "num_input_tokens", "num_output_tokens"}
     assert left_out.isdisjoint(caller.infer(text_input="short", **quiet).last)
+
+
+DEADLINES: list[dict[str, Any]] = [
+    {"deadline_ms": 150},
+    {"sampling_parameters": '{"deadline_ms": "150"}'},
+    {"parameters": {"deadline_ms": 150}},
+    {"timeout_us": 150_000},
+    {"timeout_us": 60_000_000, "deadline_ms": 150},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("deadline", DEADLINES, ids=["tensor", "json", "parameter", "triton", "both"])
+def test_a_deadline_ends_the_answer_as_it_is(caller: Caller, deadline: dict[str, Any], stream: bool) -> None:
+    started = time.monotonic()
+    answer = caller.infer(text_input="forever", stream=stream, **deadline)
+    assert time.monotonic() - started < 3, "without it, 4096 tokens take longer"
+    assert (answer.error, answer.last_flags) == (None, 1)
+    assert answer.last["finish_reason"] == "deadline"
+    assert len(answer.output_ids) == answer.last["num_output_tokens"][0]
+    assert ("and so on " * 500).startswith(answer.text)
+    assert 0 < len(answer.text) < 3000
+
+
+def test_a_deadline_that_is_met_changes_nothing(caller: Caller) -> None:
+    answer = caller.infer(text_input="long", deadline_ms=30_000, priority=-1000, cache_salt="é" * 256)
+    assert (answer.text, answer.last["finish_reason"]) == (LONG_ANSWER, "stop")
+    status, text = caller.post("generate", {"text_input": "long", "deadline_ms": 30_000, "priority": 1000})
+    assert (status, json.loads(text)["text_output"]) == (200, LONG_ANSWER)
+
+
+def test_triton_s_own_timeout_over_http_is_refused(caller: Caller) -> None:
+    """HTTP's `generate` hands it to the model as any other parameter; it must not be ignored."""
+    status, text = caller.post("generate", {"text_input": "long", "timeout": 150_000})
+    assert (status, "timeout: is not a known parameter" in text, "deadline_ms" in text) == (400, True, True)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -191,6 +227,24 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "a", "return_log_probs": True}, "return_log_probs: is not supported"),
     ({"text_input": "a", "guided_decoding_guide_type": "json"}, "guided_decoding_guide_type: is not supported"),
     ({"text_input": "a", "drafter": "on"}, "drafter: is not supported"),
+    ({"text_input": "a", "priority": 1001}, "priority: must be an integer from -1000 to 1000, got 1001"),
+    ({"text_input": "a", "priority": -1001}, "priority: must be an integer from -1000 to 1000, got -1001"),
+    ({"text_input": "a", "sampling_parameters": '{"priority": "high"}'}, "priority: must be an integer .*, got 'high'"),
+    ({"text_input": "a", "sampling_parameters": '{"priority": 1.5}'}, "priority: must be an integer .*, got 1.5"),
+    ({"text_input": "a", "sampling_parameters": '{"priority": true}'}, "priority: must be an integer .*, got True"),
+    ({"text_input": "a", "sampling_parameters": '{"priority": 1}', "priority": 1}, "priority: is given twice"),
+    ({"text_input": "a", "deadline_ms": 0}, "deadline_ms: must be an integer from 1 to 2147483647, got 0"),
+    ({"text_input": "a", "deadline_ms": -5}, "deadline_ms: must be an integer from 1 to 2147483647, got -5"),
+    ({"text_input": "a", "parameters": {"deadline_ms": 2**31}}, "deadline_ms: must be .*, got 2147483648"),
+    ({"text_input": "a", "parameters": {"deadline_ms": "soon"}}, "deadline_ms: must be .*, got 'soon'"),
+    ({"text_input": "a", "sampling_parameters": '{"deadline_ms": NaN}'}, "deadline_ms: must be .*, got nan"),
+    ({"text_input": "a", "parameters": {"deadline_ms": 5}, "deadline_ms": 5}, "deadline_ms: is given twice"),
+    ({"text_input": "a", "cache_salt": "x" * 257}, "cache_salt: must have at most 256 characters, got 257"),
+    ({"text_input": "a", "cache_salt": b"\xff"}, "cache_salt: is not valid UTF-8"),
+    ({"text_input": "a", "sampling_parameters": '{"cache_salt": 5}'}, "cache_salt: must be a string, got 5"),
+    ({"text_input": "a", "sampling_parameters": '{"cache_salt": "\\ud800"}'}, "cache_salt: is not valid Unicode"),
+    ({"text_input": "a", "parameters": {"cache_salt": "a"}, "cache_salt": "b"}, "cache_salt: is given twice"),
+    ({"text_input": "a", "sampling_parameters": '{"priority": null}', "deadline_ms": 0}, "deadline_ms: must be"),
     ({"text_input": "a", "stream_previews": True}, "stream_previews: needs stream=true"),
     ({"text_input": "a", "sampling_parameters": "[]"}, "sampling_parameters: must be a JSON object"),
     ({"text_input": "a", "sampling_parameters": '{"tmperature": 1}'}, "tmperature: is not a known parameter"),
@@ -218,12 +272,16 @@ REFUSED_BY_TRITON: list[tuple[dict[str, Any], str]] = [
         r"shape for input 'text_input'.*Expected \[1\], got \[1,1\]",
     ),
     ({"text_input": "a", "max_tokens": np.array([1])}, "max_tokens.*INT64.*INT32"),
+    ({"text_input": "a", "deadline_ms": np.array([1])}, "deadline_ms.*INT64.*INT32"),
+    ({"text_input": "a", "priority": np.array([b"high"], object)}, "priority.*BYTES.*INT32"),
+    ({"text_input": "a", "cache_salt": np.array([7], np.int32)}, "cache_salt.*INT32.*BYTES"),
+    ({"text_input": "a", "cache_salt": np.array([b"a", b"b"], object)}, r"cache_salt.*Expected \[1\], got \[2\]"),
     ({"text_input": "a", "foo": np.array([1])}, "unexpected inference input 'foo'"),
     ({"text_input": "a", "outputs": ["cum_log_probs"]}, "unexpected inference output 'cum_log_probs'"),
 ]
 
 
-@pytest.mark.parametrize(("request_", "message"), REFUSED_BY_TRITON, ids=["rank", "type", "input", "output"])
+@pytest.mark.parametrize(("request_", "message"), REFUSED_BY_TRITON, ids=[m[:40] for _, m in REFUSED_BY_TRITON])
 def test_what_triton_itself_refuses(caller: Caller, request_: dict[str, Any], message: str) -> None:
     answer = caller.infer(**request_)
     with pytest.raises(AssertionError, match=message):
@@ -236,6 +294,9 @@ def test_what_triton_itself_refuses(caller: Caller, request_: dict[str, Any], me
         ({"text_input": ""}, "text_input: is empty"),
         ({"text_input": "a", "foo": 1}, "foo: is not a known parameter"),
         ({"text_input": "a", "temperature": -1}, "temperature: must be"),
+        ({"text_input": "a", "deadline_ms": 0}, "deadline_ms: must be"),
+        ({"text_input": "a", "priority": 5000}, "priority: must be"),
+        ({"text_input": "a", "cache_salt": "x" * 257}, "cache_salt: must have at most 256 characters"),
         (b'{"text_input": "\xff"}', "text_input: is not valid UTF-8"),
     ],
 )

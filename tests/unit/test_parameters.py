@@ -165,6 +165,8 @@ def test_a_cache_salt_is_a_short_string() -> None:
     assert parse_parameters({"cache_salt": "é" * 256}, DEFAULTS).cache_salt == "é" * 256
     with pytest.raises(InvalidRequest, match="cache_salt: must have at most 256 characters, got 257; send its hash"):
         parse_parameters({"cache_salt": "x" * 257}, DEFAULTS)
+    with pytest.raises(InvalidRequest, match="cache_salt: is not valid Unicode: a lone surrogate at character 2"):
+        parse_parameters({"cache_salt": "ab\ud800"}, DEFAULTS)
     for odd in (5, True, ["x"], b"x"):
         with pytest.raises(InvalidRequest, match="cache_salt: must be a string, got"):
             parse_parameters({"cache_salt": odd}, DEFAULTS)
