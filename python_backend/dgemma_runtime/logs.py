@@ -19,24 +19,26 @@ from dgemma_runtime.events import Finished
 from dgemma_runtime.observer import Observer
 from dgemma_runtime.requests import LiveRequest
 
-_ROOT = "dgemma_runtime"
+_RUNTIME, _TRACES = "dgemma_runtime", "opentelemetry"
 _ABOUT_A_REQUEST = "request %s: "
 _log = logging.getLogger(__name__)
 
 
 class RuntimeLog:
-    """From now on the runtime's loggers put their records into a queue, and a thread writes them to `stream` (stderr).
+    """From now on the loggers of runtime and OpenTelemetry put their records into a queue.
 
-    So no thread of the runtime waits for whoever reads the log. After `close` they are written at once.
+    A thread writes them to `stream` (stderr), so that no other one waits for whoever reads the log. After `close` they
+    are written at once.
     """
 
     def __init__(self, level: str, log_format: str, stream: TextIO | None = None) -> None:
         records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
         self._output = logging.StreamHandler(stream or sys.stderr)
         self._output.setFormatter(_json_formatter() if log_format == "json" else _text_formatter())
-        self._logger = logging.getLogger(_ROOT)
-        self._logger.handlers = [_RecordHandler(records)]
-        self._logger.setLevel(level)
+        self._loggers = [logging.getLogger(name) for name in (_RUNTIME, _TRACES)]
+        for logger, least in zip(self._loggers, (level, "WARNING"), strict=True):
+            logger.handlers = [_RecordHandler(records)]
+            logger.setLevel(least)
         self._listener = QueueListener(records, self._output)
         self._listener.start()
         self._closed = False
@@ -46,7 +48,8 @@ class RuntimeLog:
         """Write what is still in the queue."""
         if not self._closed:
             self._closed = True
-            self._logger.handlers = [self._output]
+            for logger in self._loggers:
+                logger.handlers = [self._output]
             self._listener.stop()
             atexit.unregister(self.close)
 

@@ -24,10 +24,11 @@ _log = logging.getLogger("dgemma_runtime.some.module")
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    logger = logging.getLogger("dgemma_runtime")
-    before = logger.handlers, logger.level
+    loggers = [logging.getLogger(name) for name in ("dgemma_runtime", "opentelemetry")]
+    before = [(logger.handlers, logger.level) for logger in loggers]
     yield
-    logger.handlers, logger.level = before
+    for logger, (handlers, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.level = handlers, level
 
 
 def lines(stream: io.StringIO) -> list[dict[str, object]]:
@@ -123,3 +124,13 @@ def test_after_the_end_lines_are_written_at_once() -> None:
     log.close()
     _log.info("late")
     assert lines(stream)[0]["message"] == "late"
+
+
+def test_what_opentelemetry_says_is_in_the_same_format() -> None:
+    stream = io.StringIO()
+    log = RuntimeLog("DEBUG", "json", stream)
+    logging.getLogger("opentelemetry.sdk").info("nobody needs this")
+    logging.getLogger("opentelemetry.sdk").warning("the collector is away")
+    log.close()
+    (line,) = lines(stream)
+    assert (line["logger"], line["message"]) == ("opentelemetry.sdk", "the collector is away")
