@@ -21,6 +21,7 @@ from dgemma_build.graph import author_graph
 from dgemma_build.onnx_writer import PlacedWeight
 from dgemma_build.progress import Progress, Silent
 from dgemma_build.quantize import GroupFormat, quantize_rows
+from dgemma_build.text_config import layer_values
 from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
 from dgemma_runtime.errors import CheckpointError, ConfigurationError
 
@@ -173,6 +174,8 @@ class _Build:
             max_batch_size=limits.max_batch_size,
             max_encode_tokens=limits.max_encode_tokens,
             scratch_bytes=scratch,
+            num_attention_heads=config.num_attention_heads,
+            layer_values=layer_values(config),
             files=files,
             generation_defaults=self.checkpoint.generation_defaults(),
         )

@@ -40,6 +40,12 @@ class TextConfig:
     rope: dict[str, Rope]  # by layer kind
 
 
+def layer_values(config: TextConfig) -> int:
+    """Of one token in one layer: residual stream, dense MLP, and the chosen experts' rows before and after."""
+    hidden, inner = config.spec.hidden_size, config.moe_intermediate_size
+    return 4 * hidden + 3 * config.intermediate_size + config.top_k_experts * (2 * hidden + 3 * inner)
+
+
 def read_config(directory: Path) -> TextConfig:
     """The `config.json` of a checkpoint directory, whatever else is there."""
     path = directory / "config.json"

@@ -1,8 +1,8 @@
 """The model repository that one server loads: a copy of the given one, its configuration with this engine's facts.
 
 Triton shows a model's configuration at /v2/models/NAME/config and knows it before the model is loaded, so what depends
-on engine and settings has to be in the file. Where Triton is started without `dgemma-server`, these parameters are absent
-unless someone writes them into config.pbtxt; the model itself does not read them. Knows no Triton process.
+on engine and settings has to be in the file. Where Triton is started without `dgemma-server`, these parameters are
+absent unless someone writes them into config.pbtxt; the model itself does not read them. Knows no Triton process.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
-from dgemma_runtime.contract import FULL, EngineLimits, Manifest, cache_dtypes
+from dgemma_runtime.contract import EngineLimits, Manifest
 from dgemma_runtime.errors import ConfigurationError
+from dgemma_runtime.memory_formulas import page_pool_bytes
 from dgemma_runtime.pages import PageRules
 
-_ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}  # of keys or values
+_PREFIX_TOKENS = 262_144  # at most, beyond whole contexts of all that run at once
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,14 @@ class RuntimeSettings:
     max_batch_size: int = 8  # requests that run at once
     prefill_chunk: int = 512  # prompt tokens of one request encoded at once
     prefill_budget: int = 1024  # prompt tokens of all requests per tick
+    # Of the engine's time, for long prompts while canvases run. At a third a median step takes at most twice as long:
+    # a chunk is no longer than a step, or two of three steps have none beside them.
+    prefill_share: float = 1 / 3
+    prefix_cache: bool = True  # keep pages of ended requests for others that begin alike
     page_size: int = 64  # tokens
-    kv_memory_bytes: int = 4 * 2**30  # for keys and values; at most, see `plan_limits`
-    full_pages: int | None = None  # None: what max_batch_size whole contexts need, as far as the memory goes
-    sliding_pages: int | None = None  # None: what max_batch_size sequences need
+    kv_memory_bytes: int | None = None  # for pages of keys and values, at most; None: what memory allows
+    full_pages: int | None = None  # None: see `plan_limits`
+    sliding_pages: int | None = None  # None: see `plan_limits`
     queue_size: int = 128  # requests that may wait
     threads: int = 0  # of an engine on the CPU; 0: one per core
     gpu: int = 0  # which one, of an engine on a GPU; counted from 0 as CUDA shows them
@@ -33,6 +39,10 @@ class RuntimeSettings:
             value = getattr(self, item.name)
             least = 0 if item.name in ("threads", "gpu") else 1
             if value is None and item.default is None:
+                continue
+            if item.name == "prefill_share":
+                if not isinstance(value, float) or not 0 < value < 1:
+                    raise ConfigurationError(f"prefill_share must be a number between 0 and 1, got {value!r}")
                 continue
             if isinstance(item.default, bool):
                 if not isinstance(value, bool):
@@ -58,57 +68,107 @@ class RuntimeSettings:
         return self.max_model_len
 
 
-@dataclass(frozen=True)
-class PageBytes:
-    """Memory of one page, keys and values of all layers of a group."""
-
-    full: int
-    sliding: int
-
-
-def page_bytes(manifest: Manifest, page_size: int) -> PageBytes:
-    """Of `page_size` tokens; raises ConfigurationError for a cache type that is not known."""
-    if manifest.kv_dtype not in _ELEMENT_BYTES:
-        known = ", ".join(_ELEMENT_BYTES)
-        raise ConfigurationError(f"the engine's kv_dtype is {manifest.kv_dtype!r}, this runtime knows {known}")
-    token = {True: 0, False: 0}  # bytes, by whether a layer is a full one
-    for layer in manifest.model.layers:
-        elements = sum(_ELEMENT_BYTES[dtype] for dtype in cache_dtypes(manifest.kv_dtype, layer))
-        token[layer.kind == FULL] += layer.num_key_value_heads * layer.head_dim * elements
-    return PageBytes(full=token[True] * page_size, sliding=token[False] * page_size)
-
-
 def plan_limits(manifest: Manifest, settings: RuntimeSettings) -> EngineLimits:
-    """Page counts from memory. One request over the whole context always fits, or ConfigurationError says what helps.
+    """The pages that an engine should have, if memory goes as far as `kv_memory_bytes`, or as it takes.
 
-    By default the cache holds max_batch_size whole contexts, or as many pages as `kv_memory_bytes` pays for. A page
-    that was never written costs address space only, where the engine's memory comes from the operating system.
+    Full pages: whole contexts for all that run at once, and with the prefix cache as many again for what has ended, of
+    262,144 tokens at most. Sliding pages: what all that run at once reserve, and with the prefix cache as many windows
+    beside. Where `kv_memory_bytes` is less, first the full pages shrink, then the kept windows. Raises
+    ConfigurationError where not even one request over the whole context fits.
     """
     if manifest.max_batch_size and settings.max_batch_size > manifest.max_batch_size:
         raise ConfigurationError(
             f"max_batch_size is {settings.max_batch_size}, the engine was built for {manifest.max_batch_size}; "
             "lower it or build an engine with a larger one"
         )
-    context = settings.context_length(manifest)
-    canvas = manifest.model.canvas_length
-    max_encode = max(min(settings.prefill_chunk, context, manifest.max_encode_tokens or context), canvas)
-    need = PageRules(settings.page_size, manifest.model.sliding_window, max_encode).need(context)
-    size = page_bytes(manifest, settings.page_size)
-    sliding = settings.sliding_pages or need.sliding * settings.max_batch_size
-    left = settings.kv_memory_bytes - sliding * size.sliding
-    affordable = max(left, 0) // size.full if size.full else need.full * settings.max_batch_size
-    full = settings.full_pages or min(need.full * settings.max_batch_size, affordable)
-    if full < need.full or sliding < need.sliding or full * size.full > left:
-        required = need.full * size.full + max(sliding, need.sliding) * size.sliding
+    choices = PageChoices.of(manifest, settings)
+    best = largest(len(choices) - 1, lambda choice: within_kv_memory(manifest, settings, choices[choice]))
+    if best is None:
+        least, budget = choices[0], settings.kv_memory_bytes
+        required = page_pool_bytes(manifest.model, manifest.kv_dtype, least)
         raise ConfigurationError(
-            f"a context of {context} tokens (max_model_len) needs {need.full} full and {need.sliding} sliding pages, "
-            f"and with the sliding pages of {settings.max_batch_size} sequences {_mib(required)} of memory; "
-            f"kv_memory_bytes is {settings.kv_memory_bytes} ({_mib(settings.kv_memory_bytes)}), full_pages {full}, "
-            f"sliding_pages {sliding}; raise kv_memory_bytes or the page counts, or lower max_model_len or "
-            "max_batch_size"
+            f"kv_memory_bytes is {budget} ({in_units(budget or 0)}); one sequence of max_model_len "
+            f"({settings.context_length(manifest)} tokens) with the sliding pages of max_batch_size "
+            f"({settings.max_batch_size}) sequences takes {required} ({in_units(required)}): {least.full_pages} full "
+            f"and {least.sliding_pages} sliding pages of {settings.page_size} tokens; raise kv_memory_bytes to that, "
+            "or lower max_model_len or max_batch_size"
         )
-    return EngineLimits(settings.max_batch_size, max_encode, settings.page_size, full, sliding)
+    return choices[best]
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+def within_kv_memory(manifest: Manifest, settings: RuntimeSettings, limits: EngineLimits) -> bool:
+    """Whether `kv_memory_bytes` pays for these pages."""
+    most = settings.kv_memory_bytes
+    return most is None or page_pool_bytes(manifest.model, manifest.kv_dtype, limits) <= most
+
+
+@dataclass(frozen=True)
+class PageChoices:
+    """The page counts that settings leave open, from the fewest to the most that are of use."""
+
+    least: EngineLimits
+    windows: int  # that may be kept beyond what `least` has
+    window_pages: int
+    more_full: int  # pages that may be added when all windows are there
+
+    @staticmethod
+    def of(manifest: Manifest, settings: RuntimeSettings) -> PageChoices:
+        """Raises ConfigurationError for counts that do not hold one sequence."""
+        model, batch, size = manifest.model, settings.max_batch_size, settings.page_size
+        context = settings.context_length(manifest)
+        chunk = min(settings.prefill_chunk, context, manifest.max_encode_tokens or context)
+        encoded = max(chunk, model.canvas_length)
+        rules = PageRules(size, model.sliding_window, encoded)
+        need = rules.need(context)
+        for name, given, needed in (
+            ("full_pages", settings.full_pages, need.full),
+            ("sliding_pages", settings.sliding_pages, need.sliding),
+        ):
+            if given is not None and given < needed:
+                raise ConfigurationError(
+                    f"{name} is {given}, one sequence of max_model_len ({context} tokens) needs {needed} pages of "
+                    f"{size} tokens; raise {name} or lower max_model_len"
+                )
+        kept = settings.prefix_cache and settings.sliding_pages is None
+        window = min(rules.pages(model.sliding_window - 1), need.full)
+        sliding = settings.sliding_pages or batch * need.sliding + kept * window
+        full = settings.full_pages or need.full
+        wanted = batch * need.full
+        if settings.prefix_cache:
+            wanted += min(wanted, rules.pages(_PREFIX_TOKENS))
+        return PageChoices(
+            EngineLimits(batch, encoded, size, full, sliding),
+            windows=kept * (batch - 1),
+            window_pages=window,
+            more_full=0 if settings.full_pages else wanted - need.full,
+        )
+
+    def __len__(self) -> int:
+        return 1 + self.windows + self.more_full
+
+    def __getitem__(self, choice: int) -> EngineLimits:
+        windows = min(choice, self.windows)
+        return replace(
+            self.least,
+            full_pages=self.least.full_pages + choice - windows,
+            sliding_pages=self.least.sliding_pages + windows * self.window_pages,
+        )
+
+
+def largest(most: int, holds: Callable[[int], bool]) -> int | None:
+    """The largest of 0 .. most for which `holds`, which only ever turns false; None where it never does."""
+    if not holds(0):
+        return None
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        if holds(middle):
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+def in_units(size: int) -> str:
+    """Bytes for a person."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

@@ -16,7 +16,7 @@ from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.plan.cards import CARDS, GIGA, Card, cards_named, given_card
 from dgemma_build.plan.floor import step_work
 from dgemma_build.plan.host import PREFILL_CHUNK
-from dgemma_build.plan.kv import PAGE_TOKENS, KvSizes
+from dgemma_build.plan.kv import KvSizes
 from dgemma_build.plan.options import KV_PRECISIONS, PlanOptions
 from dgemma_build.plan.planner import CardPlan, Model, context_lengths, make_plan, memory_needed, sequences_that_fit
 from dgemma_build.plan.released import model_config
@@ -35,7 +35,8 @@ from dgemma_build.plan.weights import (
 )
 from dgemma_runtime.contract import Manifest
 from dgemma_runtime.errors import CheckpointError, ConfigurationError
-from dgemma_runtime.settings import RuntimeSettings, page_bytes, plan_limits
+from dgemma_runtime.memory_formulas import limits_of
+from dgemma_runtime.settings import RuntimeSettings, plan_limits
 
 LONGEST = 262_144  # tokens
 
@@ -152,18 +153,14 @@ def test_released_keys_and_values_are_as_published() -> None:
 @pytest.mark.parametrize("precision", KV_PRECISIONS)
 @pytest.mark.parametrize("context", [130, 1024, 4000, 4096])
 @pytest.mark.parametrize("longest", [0, 256])
-def test_a_sequence_reserves_what_the_runtime_reserves(
+def test_sequences_have_the_pages_that_the_runtime_reserves(
     odd_engine: Path, precision: str, context: int, longest: int
 ) -> None:
-    """The same pages, of the same bytes, as the running server takes for one; an engine may limit its chunks."""
+    """Where it keeps none for later prompts; an engine may limit its chunks."""
     manifest = Manifest.load(odd_engine)
     manifest = replace(manifest, kv_dtype=precision, max_encode_tokens=longest)
-    settings = RuntimeSettings(max_model_len=context, max_batch_size=1)
-    assert (settings.page_size, settings.prefill_chunk) == (PAGE_TOKENS, PREFILL_CHUNK)
-    limits, pages = plan_limits(manifest, settings), page_bytes(manifest, settings.page_size)
-    kv = KvSizes.of(manifest.model, precision)
-    reserved = limits.full_pages * pages.full + limits.sliding_pages * pages.sliding
-    assert kv.reserved_bytes(context, longest or PREFILL_CHUNK) == reserved
+    settings = RuntimeSettings(max_model_len=context, max_batch_size=3, prefix_cache=False)
+    assert limits_of(manifest.model, 3, context, longest or PREFILL_CHUNK) == plan_limits(manifest, settings)
 
 
 def test_fp8_halves_all_but_the_keys_of_full_layers(released: Model) -> None:

@@ -52,7 +52,7 @@ def limited(directory: Path, context: int, batch: int) -> Manifest:
 
 
 def settings(batch: int) -> RuntimeSettings:
-    return RuntimeSettings(max_batch_size=batch, kv_memory_bytes=2**40)
+    return RuntimeSettings(max_batch_size=batch, prefix_cache=False)
 
 
 @pytest.mark.parametrize(("context", "batch"), [(130, 1), (300, 3), (1024, 2), (1500, 4)])

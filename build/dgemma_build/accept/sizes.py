@@ -19,7 +19,7 @@ from dgemma_build.data_file import size_of
 from dgemma_build.emulation import OnnxFunction
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.graph import author_graph
-from dgemma_build.plan.host import host_memory
+from dgemma_build.plan.host import planned_host_memory
 from dgemma_build.plan.options import PlanOptions
 from dgemma_build.plan.runtime_memory import runtime_memory
 from dgemma_build.plan.scratch import scratch_bytes
@@ -50,7 +50,7 @@ def _plan(setting: Setting) -> Result:
     for precision, context, batch in _CASES[:1] if setting.quick else _CASES:
         command = [sys.executable, "-m", "dgemma_build.bench.peak_worker", str(setting.engine("demo", precision))]
         peak = int(subprocess.run([*command, str(context), str(batch)], check=True, stdout=subprocess.PIPE).stdout)
-        planned = host_memory(checkpoint.config, precision, batch, context).peak
+        planned = planned_host_memory(checkpoint.config, precision, batch, context).peak
         ratios[f"{precision}, {batch} x {context}"] = peak / planned
     furthest = max(abs(ratio - 1) for ratio in ratios.values())
     figure = f"weights exact in {3 - len(wrong)} of 3 precisions, peak memory within {furthest:.1%}"
@@ -79,7 +79,7 @@ def _tensorrt_plan(setting: Setting) -> Result:
 
 def _allocated(directory: Path, context: int, batch: int) -> int:
     """Bytes of an engine that has served so many canvases at once; its weights lie elsewhere."""
-    settings = RuntimeSettings(max_model_len=context, max_batch_size=batch)
+    settings = RuntimeSettings(max_model_len=context, max_batch_size=batch, prefix_cache=False)
     device, load = OnnxFunction(directory, threads=2).on_host()
     engine = TensorRtEngine(directory, plan_limits(Manifest.load(directory), settings), device, load)
     serve_whole(engine, context)

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from dgemma_build.backends import PRECISIONS as BUILT
 from dgemma_build.plan.cards import CARDS, cards_named, given_card
-from dgemma_build.plan.host import host_memory
+from dgemma_build.plan.host import planned_host_memory
 from dgemma_build.plan.options import DEFAULT_GROUP, DEFAULT_RESERVE_GB, KV_PRECISIONS, PRECISIONS, PlanOptions
 from dgemma_build.plan.planner import Model, context_lengths, make_plan
 from dgemma_build.plan.released import model_config
@@ -103,7 +103,7 @@ def _plan_cpu(
     model = Model(*model_config(checkpoint))
     lengths, batch = context_lengths(model, max_model_len), batch or _CPU_BATCH
     plans = {
-        (precision, length): host_memory(model.config, precision, batch, length)
+        (precision, length): planned_host_memory(model.config, precision, batch, length)
         for precision in dict.fromkeys(precisions or BUILT["onnxruntime"])
         for length in lengths
     }

@@ -9,7 +9,6 @@ from dgemma_runtime.errors import ConfigurationError
 WEIGHT_BITS = {"fp32": 32, "bf16": 16, "fp8": 8, "int4": 4}
 PRECISIONS = tuple(WEIGHT_BITS)
 KV_PRECISIONS = ("fp32", "bf16", "fp8")
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 INT4_GROUPS = (32, 64, 128)  # what the kernels read
 DEFAULT_GROUP = 32  # what the builder uses; 128 does not divide the experts' 704
 DEFAULT_RESERVE_GB = 0.5  # CUDA context, library and its kernels: an allowance, not a measurement

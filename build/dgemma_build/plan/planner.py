@@ -11,10 +11,11 @@ from dgemma_build.plan.cards import GIGA, Card
 from dgemma_build.plan.floor import StepFloor, step_work
 from dgemma_build.plan.kv import KvSizes
 from dgemma_build.plan.options import PRECISIONS, WEIGHT_BITS, PlanOptions
-from dgemma_build.plan.runtime_memory import RuntimeMemory, runtime_memory
+from dgemma_build.plan.runtime_memory import runtime_memory
 from dgemma_build.plan.scratch import Scratch, scratch_bytes
 from dgemma_build.plan.weights import PlannedWeight, bytes_by_part, planned_weights
 from dgemma_runtime.errors import ConfigurationError
+from dgemma_runtime.memory_formulas import DeviceMemory
 
 CONTEXTS = (8_192, 65_536, 262_144)  # tokens
 _MOST_SEQUENCES = 4096
@@ -28,7 +29,7 @@ class ContextPlan:
     context: int  # tokens, prompt and output together
     sequences: int  # that fit at once; 0: none
     kv_bytes: int  # of one sequence, in pages and laid out
-    runtime: RuntimeMemory  # of as many sequences as fit, or one
+    runtime: DeviceMemory  # of as many sequences as fit, or one
     scratch: Scratch  # for as many canvases, or for `max_batch_size`
     missing_bytes: int  # for one sequence; 0 where it fits
     remedies: tuple[str, ...]  # each of which alone makes it fit
@@ -74,7 +75,7 @@ class Model:
     def kv(self, options: PlanOptions) -> KvSizes:
         return KvSizes.of(self.config.spec, options.kv)
 
-    def runtime(self, options: PlanOptions, sequences: int, context: int) -> RuntimeMemory:
+    def runtime(self, options: PlanOptions, sequences: int, context: int) -> DeviceMemory:
         return runtime_memory(self.config.spec, options, sequences, context)
 
     def sequence_bytes(self, options: PlanOptions, context: int) -> int:

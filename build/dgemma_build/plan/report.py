@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dgemma_build.plan.floor import StepFloor
-from dgemma_build.plan.host import HostMemory
 from dgemma_build.plan.kv import KvSizes
 from dgemma_build.plan.options import PlanOptions
 from dgemma_build.plan.planner import CardPlan, ContextPlan, Model, context_lengths
 from dgemma_build.plan.weights import PARTS
+from dgemma_runtime.memory_formulas import HostMemory
 
 JSON_VERSION = 2
 PART_TITLES = dict(

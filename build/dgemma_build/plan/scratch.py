@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 from dgemma_build.checkpoint import TextConfig
 from dgemma_build.moe import MOST_PARTS
-from dgemma_build.plan.options import ELEMENT_BYTES, PlanOptions
+from dgemma_build.plan.options import PlanOptions
 from dgemma_build.tensorrt import longest_chunk
 from dgemma_runtime.contract import FULL
+from dgemma_runtime.memory_formulas import ELEMENT_BYTES
 
 HEAD_ROWS = 512  # as the kernel is configured for the released model
 _LOGITS = 2  # arrays alive at once

@@ -2,54 +2,72 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dgemma_runtime.contract import Engine, EngineLimits, Manifest
 from dgemma_runtime.errors import ManifestError
-from dgemma_runtime.settings import RuntimeSettings, plan_limits
+from dgemma_runtime.host_memory import AvailableMemory
+from dgemma_runtime.memory_plan import MemoryPlan, plan_device_memory, plan_host_memory
+from dgemma_runtime.settings import RuntimeSettings
 
-Opener = Callable[[Path, EngineLimits, RuntimeSettings], Engine]
+Opener = Callable[[Path, Manifest, RuntimeSettings], Engine]
+
+_log = logging.getLogger(__name__)
 
 
 def open_engine(directory: Path, settings: RuntimeSettings) -> Engine:
-    """Raises ManifestError for a directory that cannot be used, ConfigurationError for settings that do not fit it."""
+    """Plan its memory, log the plan, open it.
+
+    Raises ManifestError for a directory that cannot be used, ConfigurationError for settings that do not fit the engine
+    or the memory there is.
+    """
     manifest = Manifest.load(directory, verify_hashes=False)  # the engine verifies them when it loads its files
     if manifest.backend not in _OPENERS:
         raise ManifestError(
             f"{directory}: the manifest asks for the backend {manifest.backend!r}, this runtime has "
             f"{', '.join(_OPENERS)}; build the engine again with `dgemma-build engine`"
         )
-    return _OPENERS[manifest.backend](directory, plan_limits(manifest, settings), settings)
+    return _OPENERS[manifest.backend](directory, manifest, settings)
 
 
-def _open_onnxruntime(directory: Path, limits: EngineLimits, settings: RuntimeSettings) -> Engine:
+def _planned(plan: MemoryPlan) -> EngineLimits:
+    for line in plan.lines():
+        _log.info("%s", line)
+    return plan.limits
+
+
+def _open_onnxruntime(directory: Path, manifest: Manifest, settings: RuntimeSettings) -> Engine:
     from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine  # heavy, and not installed for other backends
 
+    limits = _planned(plan_host_memory(directory, manifest, settings))
     return OnnxRuntimeEngine(directory, limits, settings.threads)
 
 
-def _open_tensorrt(directory: Path, limits: EngineLimits, settings: RuntimeSettings) -> Engine:
+def _open_tensorrt(directory: Path, manifest: Manifest, settings: RuntimeSettings) -> Engine:
     from dgemma_runtime.engines.cuda import CudaDevice  # needs cuda-bindings, which serving on a CPU does not install
-    from dgemma_runtime.engines.tensorrt import TensorRtEngine, check_manifest
+    from dgemma_runtime.engines.tensorrt import ENGINE_FILE, TensorRtEngine, check_manifest
     from dgemma_runtime.engines.tensorrt_program import check_target, program_loader, tensorrt_library
 
-    manifest = Manifest.load(directory, verify_hashes=False)
     check_manifest(directory, manifest)
     library = tensorrt_library(directory, manifest)
     device = CudaDevice(settings.gpu)
     try:
         check_target(directory, manifest, device)
+        weights = (directory / ENGINE_FILE).stat().st_size
+        free = AvailableMemory(device.available_bytes(), f"free memory of GPU {device.index}, {device.name}")
+        limits = _planned(plan_device_memory(weights, manifest, settings, free))
     except BaseException:
         device.close()
         raise
     return TensorRtEngine(directory, limits, device, program_loader(library, device), settings.cuda_graphs)
 
 
-def _open_scripted(directory: Path, limits: EngineLimits, settings: RuntimeSettings) -> Engine:
+def _open_scripted(directory: Path, manifest: Manifest, settings: RuntimeSettings) -> Engine:
     from dgemma_runtime.engines.scripted_directory import open_scripted
 
-    return open_scripted(directory, limits)
+    return open_scripted(directory, _planned(plan_host_memory(directory, manifest, settings)))
 
 
 _OPENERS: Mapping[str, Opener] = {

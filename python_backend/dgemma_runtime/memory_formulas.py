@@ -1,0 +1,240 @@
+"""Bytes that the engines take, by use, before any is allocated. Knows no free memory and no engine library.
+
+The server plans its start with these formulas (`memory_plan.py`), `dgemma-build plan` an engine that is not built yet.
+Tests hold them to what running engines take.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from functools import cache
+
+from dgemma_runtime.contract import FULL, EngineLimits, ModelSpec, cache_dtypes, sliding_slots
+from dgemma_runtime.errors import ConfigurationError
+from dgemma_runtime.pages import PageRules
+
+PAGE_SIZE = 64  # tokens, the default
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Keys and values of one token, in all layers of a group."""
+
+    full: int
+    sliding: int
+
+
+def token_bytes(spec: ModelSpec, kv_dtype: str) -> TokenBytes:
+    """`kv_dtype` as in a manifest; raises ConfigurationError for one that is not known."""
+    if kv_dtype not in ELEMENT_BYTES:
+        known = ", ".join(ELEMENT_BYTES)
+        raise ConfigurationError(f"the engine's kv_dtype is {kv_dtype!r}, this runtime knows {known}")
+    found = {True: 0, False: 0}  # by whether a layer is a full one
+    for layer in spec.layers:
+        elements = sum(ELEMENT_BYTES[dtype] for dtype in cache_dtypes(kv_dtype, layer))
+        found[layer.kind == FULL] += layer.num_key_value_heads * layer.head_dim * elements
+    return TokenBytes(full=found[True], sliding=found[False])
+
+
+def page_pool_bytes(spec: ModelSpec, kv_dtype: str, limits: EngineLimits) -> int:
+    """All pages of an engine."""
+    token = token_bytes(spec, kv_dtype)
+    return limits.page_size * (limits.full_pages * token.full + limits.sliding_pages * token.sliding)
+
+
+def limits_of(spec: ModelSpec, sequences: int, context: int, chunk: int) -> EngineLimits:
+    """Pages for so many sequences of up to `context` tokens, encoded by up to `chunk` at once, and for nothing else."""
+    encoded = max(min(chunk, context), spec.canvas_length)
+    need = PageRules(PAGE_SIZE, spec.sliding_window, encoded).need(context)
+    return EngineLimits(sequences, encoded, PAGE_SIZE, sequences * need.full, sequences * need.sliding)
+
+
+# ---------------------------------------------------------------- onnxruntime
+
+PROCESS_BYTES = 75_000_000  # Python, numpy, onnxruntime with its session, measured with onnxruntime 1.31 on Linux
+_SCORE_COPIES, _MASK_COPIES, _LOGIT_COPIES = 1.8, 2, 4
+_SMALLEST_SLOTS, _DOUBLING_UP_TO = 128, 4096
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What a layer of the model works with, besides what serving needs to know of it."""
+
+    num_attention_heads: int
+    token_values: int  # of one token: residual stream, dense MLP, the chosen experts' rows
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes by use; pages and buffers are counted as if written to."""
+
+    process: int
+    weights: int
+    packed_embedding: int  # two copies for the head's products, made when the session is opened
+    kv_pools: int
+    workspaces: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        return sum(astuple(self))
+
+
+def host_memory(
+    spec: ModelSpec, work: LayerWork, weights: int, limits: EngineLimits, context: int, chunk_rows: int
+) -> HostMemory:
+    """Peak memory of the onnxruntime engine in a process of its own, over sequences of up to `context` tokens.
+
+    `chunk_rows` chunks of prompts are encoded at once. Exact are the weights and the page pools. Buffers follow
+    `dgemma_runtime.engines.onnxruntime`: one encode call's, and canvases' contexts laid out in workspaces. What ONNX
+    Runtime allocates during a call is an estimate, fitted to 23 measured processes (two models, fp32 and int4, 256 to
+    16,384 tokens, 1 to 4 sequences) and within a tenth of each: 1.8 copies of attention's scores and two of its masks
+    in a prefill, four of the logits in a denoising step. Its arena keeps the larger of the two.
+    """
+    token, canvas, batch = token_bytes(spec, "fp32"), spec.canvas_length, limits.max_batch_size
+    slots, chunk, rows = cache_slots(context), min(limits.max_encode_tokens, context), min(batch, chunk_rows)
+
+    def buffers(rows: int, length: int) -> int:
+        """Caches of one call, a contiguous one per row, of which no more is written than there are pages for."""
+        full = min(rows * slots, limits.full_pages * limits.page_size + rows * _DOUBLING_UP_TO)
+        return token.full * full + token.sliding * rows * min(slots, spec.sliding_window - 1 + length)
+
+    def call(rows: int, length: int) -> int:
+        """Scores of one full layer, the masks of both kinds, and one layer's activations."""
+        scores = round(_SCORE_COPIES * rows * work.num_attention_heads * length * slots)
+        masks = _MASK_COPIES * rows * length * (slots + min(slots, spec.sliding_window - 1 + length))
+        return 4 * (scores + masks + rows * length * work.token_values)
+
+    head = 4 * batch * canvas * (_LOGIT_COPIES * spec.vocab_size + work.token_values)
+    return HostMemory(
+        process=PROCESS_BYTES,
+        weights=weights,
+        packed_embedding=2 * spec.vocab_size * spec.hidden_size * 4,
+        kv_pools=page_pool_bytes(spec, "fp32", limits),
+        workspaces=buffers(batch, canvas) + max(buffers(rows, chunk), buffers(batch, canvas)),
+        activations=max(call(rows, chunk), call(batch, canvas), head),
+    )
+
+
+def cache_slots(tokens: int) -> int:
+    """Positions of a workspace for that many tokens, as the engine rounds them."""
+    if tokens > _DOUBLING_UP_TO:
+        return -(-tokens // _DOUBLING_UP_TO) * _DOUBLING_UP_TO
+    return max(_SMALLEST_SLOTS, 1 << (tokens - 1).bit_length())
+
+
+# ---------------------------------------------------------------- TensorRT
+
+ALIGNMENT = 256  # bytes
+_SPARE_SLOTS = 4096  # by which rounding up makes a row longer than its context, at most
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes by use, all sequences together."""
+
+    pages: int
+    rows: int  # contexts laid out for denoising
+    encoder: int  # the context laid out for encoding
+    fresh: int  # keys and values of a call's own tokens, before they go to pages
+    calls: int  # inputs, results and soft embeddings of every canvas, and of an encode call
+    opening: int  # what the engine asks to be free when it opens beyond all that
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+
+def device_memory(
+    spec: ModelSpec, kv_dtype: str, activations: str, limits: EngineLimits, largest_slots: int
+) -> DeviceMemory:
+    """Device memory of the TensorRT engine beside weights and scratch, as `dgemma_runtime.engines` allocates it.
+
+    Contexts of all pages are laid out once more: in rows of the canvases, and one in the encoder. `largest_slots` is
+    what the engine was built for, `activations` the precision of soft embeddings.
+    """
+    groups, batch, chunk = _groups(spec, kv_dtype), limits.max_batch_size, limits.max_encode_tokens
+    pool_tokens, smallest = limits.full_pages * limits.page_size, min(_smallest_slots(spec), largest_slots)
+    slots = _slots_for(pool_tokens, smallest, largest_slots)
+    together = max(1, min(batch, pool_tokens // slots))
+    rows, encoder, first_encoder = (
+        sum(group.block_bytes(count, group.slots(most)) for group in groups)
+        for count, most in ((together, slots), (1, slots), (1, smallest))
+    )
+    canvas_calls = _call_bytes(spec, activations, together, together, spec.canvas_length)
+    # The engine opens with a short encoder, then wants to see free what rows and a long encoder may take.
+    spare = max(_SPARE_SLOTS, _smallest_slots(spec))
+    most = min(pool_tokens + batch * spare, batch * slots) + slots
+    wanted = sum(group.token_bytes * (most if group.full else batch * group.sliding_slots) for group in groups)
+    return DeviceMemory(
+        pages=page_pool_bytes(spec, kv_dtype, limits),
+        rows=rows,
+        encoder=encoder,
+        fresh=sum(group.fresh_bytes(batch, spec.canvas_length, chunk) for group in groups),
+        calls=canvas_calls + _call_bytes(spec, activations, 1, 0, chunk),
+        opening=max(0, first_encoder + wanted - rows - encoder - canvas_calls),
+    )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Keys and values of one shape and type."""
+
+    full: bool
+    kv_heads: int
+    head_bytes: int  # of one token
+    tensors: int  # a layer has two
+    sliding_slots: int
+
+    @property
+    def token_bytes(self) -> int:
+        return self.tensors * self.kv_heads * self.head_bytes
+
+    def slots(self, full_slots: int) -> int:
+        return full_slots if self.full else self.sliding_slots
+
+    def block_bytes(self, rows: int, slots: int) -> int:
+        """Of caches laid out, every tensor aligned."""
+        pitch = slots * self.head_bytes
+        step = ALIGNMENT // math.gcd(ALIGNMENT, pitch)
+        return self.tensors * -(-rows * self.kv_heads // step) * step * pitch
+
+    def fresh_bytes(self, rows: int, canvas_length: int, chunk: int) -> int:
+        """Of the call that adds most."""
+        return max(self.block_bytes(rows, canvas_length), _encoded_bytes(self, chunk))
+
+
+@cache
+def _encoded_bytes(group: _Group, chunk: int) -> int:
+    """What the largest encode call adds; where alignment takes much, it is not the longest."""
+    return max(group.block_bytes(1, length) for length in range(1, chunk + 1))
+
+
+@cache
+def _groups(spec: ModelSpec, kv_dtype: str) -> tuple[_Group, ...]:
+    members: dict[tuple[bool, int, int], int] = {}
+    for layer in spec.layers:
+        for dtype in cache_dtypes(kv_dtype, layer):
+            shape = (layer.kind == FULL, layer.num_key_value_heads, layer.head_dim * ELEMENT_BYTES[dtype])
+            members[shape] = members.get(shape, 0) + 1
+    return tuple(_Group(*shape, count, sliding_slots(spec)) for shape, count in members.items())
+
+
+def _smallest_slots(spec: ModelSpec) -> int:
+    """Of full layers in the first encoder: as many as sliding layers have, or a power of two above."""
+    return max(_SMALLEST_SLOTS, 1 << max(sliding_slots(spec) - 1, 0).bit_length())
+
+
+def _slots_for(tokens: int, smallest: int, largest: int) -> int:
+    return min(max(smallest, cache_slots(tokens)), largest)
+
+
+def _call_bytes(spec: ModelSpec, activations: str, rows: int, canvases: int, length: int) -> int:
+    """Inputs and results of a call, each aligned, and its canvases' soft embeddings before and after."""
+    inputs = [4 * rows * length, 8 * rows, 8 * rows, rows, 8 * canvases, 4 * canvases, 4 * canvases * length]
+    results = 3 * [4 * canvases * length]
+    aligned = sum(max(-(-size // ALIGNMENT), 1) * ALIGNMENT for size in inputs + results)
+    soft = canvases * length * spec.hidden_size * ELEMENT_BYTES[activations]
+    return aligned + 2 * max(soft, ALIGNMENT)
