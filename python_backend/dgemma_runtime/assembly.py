@@ -20,6 +20,7 @@ from dgemma_runtime.process_settings import ProcessSettings
 from dgemma_runtime.requests import GenerationRequest
 from dgemma_runtime.service import Service
 from dgemma_runtime.tensors import Arrays, Chat, OutputOptions, parse_request
+from dgemma_runtime.watchdog import WatchedEngine
 
 _WARM_UP_S = 300.0
 
@@ -42,20 +43,21 @@ class Application:
     template: ChatTemplate | None  # None: the engine directory has none
     canvas_length: int  # tokens
     limits: EngineLimits
+    engine: WatchedEngine  # for the watchdog; the service's thread alone calls it
 
     @staticmethod
     def open(settings: ProcessSettings, observer: Observer | None = None) -> Application:
         """Load everything, start the engine thread, warm up; raises DGemmaError with a message fit for an operator."""
         codec = Codec.load(settings.engine)
         template = _load_template(settings.engine)
-        engine = open_engine(settings.engine, settings.runtime)
+        engine = WatchedEngine(open_engine(settings.engine, settings.runtime))
         try:
             defaults = default_parameters(engine.manifest.generation_defaults)
             service = Service(engine, codec, settings.runtime, defaults, observer)
         except BaseException:
             engine.close()
             raise
-        application = Application(service, template, engine.manifest.model.canvas_length, engine.limits)
+        application = Application(service, template, engine.manifest.model.canvas_length, engine.limits, engine)
         service.start()
         if settings.warm_up:
             try:

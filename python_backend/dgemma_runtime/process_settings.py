@@ -20,7 +20,7 @@ from dgemma_runtime.settings import RuntimeSettings
 SETTINGS_VARIABLE = "DGEMMA_SETTINGS"
 LOG_FORMATS = ("text", "json")
 _SWITCHES = {"warm_up": True, "traces": False}
-_FILES = ("drain_file", "failure_file")
+_FILES = ("drain_file", "failure_file", "heartbeat_file")
 _RUNTIME_NAMES = tuple(item.name for item in fields(RuntimeSettings))
 
 
@@ -35,7 +35,9 @@ class ProcessSettings:
     traces: bool = False  # OpenTelemetry spans per request, exported as the OTEL_* variables say
     drain_file: Path | None = None  # when it appears: end all requests within the seconds in it
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
-    failure_file: Path | None = None  # takes the reason where the model does not load
+    failure_file: Path | None = None  # takes the reason where the model does not load, or its engine has failed
+    heartbeat_file: Path | None = None  # its modification time shows that this process runs
+    step_timeout_s: float = 120.0  # of one engine call; the first one of a kind may take ten times as long
 
     def to_json(self) -> str:
         """For `SETTINGS_VARIABLE`; `from_environment` reads it."""
@@ -45,7 +47,7 @@ class ProcessSettings:
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> ProcessSettings:
         """From names and values; raises ConfigurationError naming an unknown, missing or wrong one."""
-        known = ("engine", *_SWITCHES, "log_level", "log_format", *_FILES, *_RUNTIME_NAMES)
+        known = ("engine", *_SWITCHES, "log_level", "log_format", "step_timeout_s", *_FILES, *_RUNTIME_NAMES)
         for name in values:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -63,6 +65,9 @@ class ProcessSettings:
             raise ConfigurationError(f"log_level must be DEBUG, INFO, WARNING or ERROR, got {level!r}")
         if log_format not in LOG_FORMATS:
             raise ConfigurationError(f"log_format must be {' or '.join(LOG_FORMATS)}, got {log_format!r}")
+        timeout = values.get("step_timeout_s", ProcessSettings.step_timeout_s)
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+            raise ConfigurationError(f"step_timeout_s must be a number of seconds above 0, got {timeout!r}")
         files: dict[str, Any] = {}
         for name in _FILES:
             path = values.get(name)
@@ -71,12 +76,17 @@ class ProcessSettings:
             files[name] = None if path is None else Path(path)
         runtime = RuntimeSettings(**{name: values[name] for name in _RUNTIME_NAMES if name in values})
         log = {"log_level": level, "log_format": log_format}
-        return ProcessSettings(Path(engine), runtime=runtime, **switches, **log, **files)
+        return ProcessSettings(Path(engine), runtime=runtime, step_timeout_s=timeout, **switches, **log, **files)
 
     def report_failure(self, reason: str) -> None:
         """Leave it to whoever started this process, and can say it without Triton's log around it."""
         if self.failure_file is not None:
             self.failure_file.write_text(reason)
+
+    def beat(self) -> None:
+        """For whoever watches this process from outside."""
+        if self.heartbeat_file is not None:
+            self.heartbeat_file.touch()
 
     def drain_request(self) -> float | None:
         """The seconds that whoever stops the server leaves to running requests; None where nobody is stopping it.

@@ -7,6 +7,7 @@ with running_server(Path("artifacts/engines/demo")) as server:
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import secrets
 import shutil
@@ -35,6 +36,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _KILL_AFTER_S = 10.0  # beyond the exit timeout that Triton itself keeps
 _LAST_RESPONSES_S = 3.0  # of the exit timeout, for the responses to requests that did not end in time
 _POLL_S = 0.05
+_KEY_HEADER = "dgemma-key"
 
 
 class ServerStartError(DGemmaError):
@@ -62,8 +64,11 @@ class ServerOptions:
 class RunningServer:
     """A started server. `stop` is safe to call twice; leaving `running_server` calls it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], options: ServerOptions, run_directory: Path) -> None:
-        self._process, self._options, self._run_directory = process, options, run_directory
+    def __init__(
+        self, process: subprocess.Popen[bytes], options: ServerOptions, run_directory: Path, key: str = ""
+    ) -> None:
+        self._process, self._run_directory, self._key = process, run_directory, key
+        self.options = options  # with the ports that were found
         reachable = "127.0.0.1" if options.host in ("0.0.0.0", "localhost") else options.host
         self.grpc_url = f"{reachable}:{options.grpc_port}"  # as gRPC clients want it, without a scheme
         self.http_url = f"http://{reachable}:{options.http_port}"
@@ -86,9 +91,39 @@ class RunningServer:
         except OSError:
             return None
 
+    def model_process(self) -> int | None:
+        """The pid of the process that holds the engine; Triton's readiness does not say when there is none."""
+        return next(model_processes(self.pid), None)
+
     def model_process_alive(self) -> bool:
-        """Whether the process of the model is there; Triton's readiness does not say so when it has crashed."""
-        return any(state not in "ZX" for state in _stub_states(self.pid))
+        return self.model_process() is not None
+
+    def heartbeat(self) -> int:
+        """Changes again and again while Python runs in the model's process; only equal or different means something."""
+        try:
+            return _heartbeat_file(self._run_directory).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0  # the model is still being loaded
+
+    def failure_reason(self) -> str | None:
+        """What the model said of its failure, if it said anything."""
+        try:
+            return _failure_file(self._run_directory).read_text()
+        except FileNotFoundError:
+            return None
+
+    def load_model(self, timeout_s: float) -> None:
+        """Load the model again after it was unloaded; raises ServerStartError when that fails."""
+        _failure_file(self._run_directory).unlink(missing_ok=True)
+        request = urllib.request.Request(
+            f"{self.http_url}/v2/repository/models/{MODEL_NAME}/load",
+            b"{}",
+            {"Content-Type": "application/json", _KEY_HEADER: self._key},
+        )
+        try:
+            urllib.request.urlopen(request, timeout=timeout_s).close()
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerStartError(f"the model could not be loaded again: {self.failure_reason() or error}") from None
 
     def wait_ready(self, deadline_s: float) -> None:
         """Raises ServerStartError when the server ends before it is ready, or is not ready in `deadline_s` seconds."""
@@ -103,7 +138,7 @@ class RunningServer:
     def terminate(self) -> None:
         """Ask the server to stop: requests under way may end within the exit timeout, new ones are refused."""
         if self.returncode is None:
-            grace_s = max(self._options.exit_timeout_s - _LAST_RESPONSES_S, 0.0)
+            grace_s = max(self.options.exit_timeout_s - _LAST_RESPONSES_S, 0.0)
             drain = _drain_file(self._run_directory)
             drain.with_suffix(".tmp").write_text(str(grace_s))
             drain.with_suffix(".tmp").replace(drain)
@@ -122,7 +157,7 @@ class RunningServer:
         """Stop, wait, remove what it left behind; its exit status. Kills a server that exceeds its exit timeout."""
         self.terminate()
         try:
-            self._process.wait(self._options.exit_timeout_s + _KILL_AFTER_S)
+            self._process.wait(self.options.exit_timeout_s + _KILL_AFTER_S)
         except subprocess.TimeoutExpired:
             self.kill()
         status = self._process.wait()
@@ -147,10 +182,8 @@ class RunningServer:
 
     def _why(self) -> str:
         """The model's own words where it has left some, else the end of the log."""
-        try:
-            return f": {_failure_file(self._run_directory).read_text()}"
-        except FileNotFoundError:
-            return self._tail()
+        reason = self.failure_reason()
+        return self._tail() if reason is None else f": {reason}"
 
     def _tail(self) -> str:
         tail = self.log_tail()
@@ -173,22 +206,28 @@ def start_server(settings: ProcessSettings, options: ServerOptions, log_to_file:
     run_directory = Path(tempfile.mkdtemp(prefix="dgemma-server-"))
     facts = model_facts(manifest, settings.runtime)
     repository = stage_repository(options.model_repository, run_directory / "models", MODEL_NAME, facts)
-    drain, failure = _drain_file(run_directory), _failure_file(run_directory)
-    placed = replace(settings, engine=settings.engine.resolve(), drain_file=drain, failure_file=failure)
+    placed = replace(
+        settings,
+        engine=settings.engine.resolve(),
+        drain_file=_drain_file(run_directory),
+        failure_file=_failure_file(run_directory),
+        heartbeat_file=_heartbeat_file(run_directory),
+    )
+    key = secrets.token_hex(16)
     environment = install.environment(os.environ) | {SETTINGS_VARIABLE: placed.to_json()}
     with contextlib.ExitStack() as stack:
         output: IO[bytes] | None = None
         if log_to_file:
             output = stack.enter_context((run_directory / "server.log").open("wb"))
         process = subprocess.Popen(
-            command(install, replace(options, model_repository=repository), run_directory),
+            command(install, replace(options, model_repository=repository), run_directory, key),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone, which passes it on once
         )
-    return RunningServer(process, options, run_directory)
+    return RunningServer(process, options, run_directory, key)
 
 
 @contextlib.contextmanager
@@ -212,9 +251,8 @@ def running_server(
         server.stop()
 
 
-def command(install: TritonInstall, options: ServerOptions, run_directory: Path) -> list[str]:
-    """Triton's command line. The repository API is closed to clients; the model uses it, see `triton_backend`."""
-    key = secrets.token_hex(16)
+def command(install: TritonInstall, options: ServerOptions, run_directory: Path, key: str) -> list[str]:
+    """Triton's command line. The repository API is open to the model, see `triton_backend`, and to who has `key`."""
     flag = str(options.verbose).lower()
     return [
         str(install.binary),
@@ -224,13 +262,16 @@ def command(install: TritonInstall, options: ServerOptions, run_directory: Path)
         "--model-control-mode=explicit",  # lets a model whose engine has failed withdraw its readiness
         f"--load-model={MODEL_NAME}",
         "--disable-auto-complete-config",
-        f"--http-restricted-api=model-repository:dgemma-key={key}",
-        f"--grpc-restricted-protocol=model-repository:dgemma-key={key}",
+        f"--http-restricted-api=model-repository:{_KEY_HEADER}={key}",
+        f"--grpc-restricted-protocol=model-repository:{_KEY_HEADER}={key}",
         *(f"--{name}-header-forward-pattern={_TRACE_HEADERS}" for name in ("http", "grpc")),
         *(f"--{name}-address={options.host}" for name in ("http", "grpc", "metrics")),
         f"--http-port={options.http_port}",
         f"--grpc-port={options.grpc_port}",
         f"--metrics-port={options.metrics_port}",
+        # Ends the request of a client that is gone without a word, or stopped; what it does not read is kept for it.
+        "--grpc-keepalive-time=20000",
+        "--grpc-keepalive-timeout=20000",
         "--allow-gpu-metrics=false",
         f"--exit-timeout-secs={options.exit_timeout_s}",
         f"--log-info={flag}",
@@ -248,6 +289,10 @@ def _drain_file(run_directory: Path) -> Path:
 
 def _failure_file(run_directory: Path) -> Path:
     return run_directory / "failure"
+
+
+def _heartbeat_file(run_directory: Path) -> Path:
+    return run_directory / "heartbeat"
 
 
 # ---------------------------------------------------------------- ports and processes
@@ -280,15 +325,18 @@ def _bound_port(held: contextlib.ExitStack, host: str, name: str, port: int) -> 
     return int(probe.getsockname()[1])
 
 
-def _stub_states(server_pid: int) -> Iterator[str]:
-    """The state letters (see proc(5)) of the server's children that run Python models."""
+def model_processes(server_pid: int) -> Iterator[int]:
+    """The pids of the server's children that run Python models."""
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            name, _, rest = (entry / "stat").read_text().partition("(")[2].rpartition(")")
-        except OSError:
-            continue  # it has ended meanwhile
-        state, parent = rest.split()[:2]
-        if int(parent) == server_pid and name.startswith("triton_python_b"):
-            yield state
+        if entry.name.isdigit() and is_stub(int(entry.name), server_pid):
+            yield int(entry.name)
+
+
+def is_stub(pid: int, server_pid: int) -> bool:
+    """Whether this process runs, not as a zombie, and is a Python model of that server; see proc(5)."""
+    try:
+        name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+    except OSError:
+        return False  # it has ended
+    state, parent = rest.split()[:2]
+    return int(parent) == server_pid and name.startswith("triton_python_b") and state not in "ZX"

@@ -1,15 +1,14 @@
 """The adapter between Triton's Python backend and the runtime's service. Knows tensors by `tensors.py`, no engine.
 
-Three threads beside the engine's: Triton's own calls `execute`, which only enqueues; the *writer* sends responses, so
+Four threads beside the engine's: Triton's own calls `execute`, which only enqueues; the *writer* sends responses, so
 that the engine thread never waits for Triton; the *watcher* asks Triton which requests were cancelled and, when the
-engine has failed, withdraws the model.
+engine has failed, withdraws the model; the watchdog (`watchdog.py`) sees that the engine thread gets on.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import threading
 import uuid
 from collections.abc import Sequence
@@ -19,13 +18,16 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from dgemma_runtime.assembly import Application, PreparedRequest
-from dgemma_runtime.errors import DGemmaError, InvalidRequest, Overloaded
+from dgemma_runtime.errors import DGemmaError, EngineError, InvalidRequest, Overloaded
 from dgemma_runtime.events import Commit, Event, Finished, Prefill, Preview
 from dgemma_runtime.observability import Observability
+from dgemma_runtime.outbox import Lane, Outbox
 from dgemma_runtime.process_settings import ProcessSettings
+from dgemma_runtime.service import SHUTDOWN
 from dgemma_runtime.tensors import Arrays, commit_outputs, finished_outputs, prefill_outputs, preview_outputs
 from dgemma_runtime.tracing import called_with
 from dgemma_runtime.triton_features import check_triton
+from dgemma_runtime.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 _WATCH_S = 0.02  # asking costs about 60 us per request, too much for every step of the engine thread
@@ -53,7 +55,7 @@ class TritonBackend:
         self._watching.publish(pb_utils.MetricFamily, self._application, args["model_name"], args["model_version"])
         self._server = os.getppid()
         self._live: dict[int, _Reply] = {}  # by id(); taken out by the writer when the last response is sent
-        self._outbox: queue.SimpleQueue[tuple[_Reply, Event | Exception] | None] = queue.SimpleQueue()
+        self._outbox: Outbox[_Reply] = Outbox()
         self._wake, self._stopping = threading.Event(), False
         self._drainer: threading.Thread | None = None
         self._threads = [
@@ -62,6 +64,9 @@ class TritonBackend:
         ]
         for thread in self._threads:
             thread.start()
+        application = self._application
+        self._watchdog = Watchdog(application.service, application.engine, settings.step_timeout_s, settings.beat)
+        self._watchdog.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Enqueue; every response goes through the request's sender, later."""
@@ -71,7 +76,7 @@ class TritonBackend:
             try:
                 self._submit(request, reply)
             except Exception as error:  # noqa: BLE001 - an exception here would hang the client
-                self._outbox.put((reply, error))
+                self._outbox.put(reply, error)
 
     def is_ready(self) -> bool:
         """Asked by Triton for the model's readiness, where it knows this function."""
@@ -79,12 +84,13 @@ class TritonBackend:
 
     def finalize(self) -> None:
         """Let what is running end for a moment, then end it; every client has its last response when this returns."""
-        self._application.service.stop(_GRACE_S)
-        if self._drainer is not None:
-            self._drainer.join()
+        if self._application.service.failure is None:  # else every request has its end, and the engine may be stuck
+            self._stop(_GRACE_S)
+            if self._drainer is not None:
+                self._drainer.join()
         self._stopping = True
         self._wake.set()
-        self._outbox.put(None)
+        self._outbox.close()
         for thread in self._threads:
             thread.join()
         self._watching.close()
@@ -109,14 +115,14 @@ class TritonBackend:
 
         def sink(event: Event) -> None:
             if parameters.stream or isinstance(event, Finished):
-                self._outbox.put((reply, event))
+                self._outbox.put(reply, event)
 
         with called_with(values):
             self._application.service.submit(prepared.request, sink, lambda: reply.cancelled)
         self._wake.set()
 
     def _write(self) -> None:
-        while (item := self._outbox.get()) is not None:
+        while (item := self._outbox.take()) is not None:
             reply, content = item
             final = isinstance(content, Finished | Exception)
             try:
@@ -144,11 +150,16 @@ class TritonBackend:
                 self._withdraw(service.failure)
                 return
             if self._drainer is None and (grace_s := self._settings.drain_request()) is not None:
-                self._drainer = threading.Thread(target=service.stop, args=(grace_s,), name="drainer", daemon=True)
+                self._drainer = threading.Thread(target=self._stop, args=(grace_s,), name="drainer", daemon=True)
                 self._drainer.start()
+
+    def _stop(self, grace_s: float) -> None:
+        self._watchdog.expect_end()
+        self._application.service.stop(grace_s)
 
     def _withdraw(self, failure: str) -> None:
         """Make the model not ready, as far as this Triton can; new requests get the error in any case."""
+        self._settings.report_failure(failure)
         try:
             pb_utils.unload_model(self._model_name)  # asynchronous: it calls `finalize` later
         except Exception as error:  # noqa: BLE001 - Triton raises its own type
@@ -158,13 +169,14 @@ class TritonBackend:
                 *(failure, error, self._model_name),
             )
         else:
-            _log.critical("%s; the model was unloaded, restart the server", failure)
+            _log.critical("%s; the model was unloaded", failure)
 
 
-class _Reply:
+class _Reply(Lane):
     """The responses of one request. Sent by the writer, asked about by the watcher, never both at once."""
 
     def __init__(self, request: Any) -> None:
+        super().__init__()
         self.request_id: str = request.request_id() or uuid.uuid4().hex
         self.prepared: PreparedRequest | None = None  # None until it was understood
         self.cancelled = False
@@ -194,7 +206,8 @@ class _Reply:
         elif isinstance(content, Commit):
             self._send(commit_outputs(content, *self._echoed()))
         elif content.reason == "error":
-            self._send_last(pb_utils.InferenceResponse(error=_error(content.error or "", "INTERNAL")))
+            code = "UNAVAILABLE" if content.error == SHUTDOWN else "INTERNAL"
+            self._send_last(pb_utils.InferenceResponse(error=_error(content.error or "", code)))
         else:
             self._send_finished(content)
 
@@ -217,7 +230,7 @@ class _Reply:
     def _send_error(self, error: Exception) -> None:
         if isinstance(error, InvalidRequest):
             response = _error(str(error), "INVALID_ARG")
-        elif isinstance(error, Overloaded):
+        elif isinstance(error, Overloaded | EngineError):  # it was not accepted: another server may, or this one later
             response = _error(str(error), "UNAVAILABLE")
         elif isinstance(error, DGemmaError):
             response = _error(str(error), "INTERNAL")

@@ -1,4 +1,4 @@
-"""Engine directories on a script, real Triton servers over them, and a caller that sees every response as it comes."""
+"""Engine directories on a script, real Triton servers over them, the command, and a caller that sees every response."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import contextlib
 import http.client
 import json
 import queue
+import re
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,14 +45,14 @@ def _answer(text: str) -> list[int]:
 
 
 def write_engine(directory: Path, **changes: Any) -> Path:
-    """Answers: `short` a few words, `long` LONG_ANSWER, `forever` without end; `fail` ends the engine."""
+    """Answers: `short` a few words, `long` LONG_ANSWER, `forever` no end; `fail` and `hang` make the engine do that."""
     directory.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     answers = [(encode("short"), _answer("a reply")), (encode("long"), _answer(LONG_ANSWER))]
     forever = (encode("forever"), encode("and so on "))
-    script = ScriptFile(_answer("?"), [*answers, forever], encode("fail"), delay_s=0.004)
+    script = ScriptFile(_answer("?"), [*answers, forever], encode("fail"), encode("hang"), delay_s=0.004)
     write_scripted(directory, replace(script, **changes), tiny_tokenizer().get_vocab_size(), canvas_length=CANVAS)
     return directory
 
@@ -71,6 +75,13 @@ def server(engine: Path) -> Iterator[RunningServer]:
         assert running.returncode is None, running.log_tail()
 
 
+def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.02)
+
+
 @pytest.fixture(scope="session")
 def caller(server: RunningServer) -> Caller:
     return Caller(server)
@@ -80,6 +91,83 @@ def caller(server: RunningServer) -> Caller:
 def call() -> type[Caller]:
     """To make a caller for a server of the test's own."""
     return Caller
+
+
+# ---------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server said that it is."""
+
+    grpc_url: str
+    http_url: str
+    pid: int  # of Triton
+
+
+class Command:
+    """`dgemma-server run` with its stderr read line by line."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "dgemma_runtime.server", "run", *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._changed:
+                self.lines.append(line.rstrip())
+                self._changed.notify_all()
+
+    def wait_for(self, pattern: str, timeout_s: float = 30.0, number: int = 1) -> re.Match[str]:
+        """The first line on stderr that matches, or a later one."""
+
+        def find() -> list[re.Match[str]]:
+            return [match for line in self.lines if (match := re.search(pattern, line))]
+
+        with self._changed:
+            self._changed.wait_for(lambda: len(find()) >= number, timeout_s)
+            matches = find()
+        assert len(matches) >= number, f"{len(matches)} lines match {pattern}: {self.lines}"
+        return matches[number - 1]
+
+    def end(self, timeout_s: float = 40.0) -> int:
+        status = self.process.wait(timeout_s)
+        self._reader.join()
+        return status
+
+    def ready(self, number: int = 1) -> Addresses:
+        """Once it is ready for the first time, or again."""
+        pattern = r"ready: gRPC (\S+), HTTP (http://\S+), metrics http://\S+/metrics \(pid (\d+)\)"
+        match = self.wait_for(pattern, number=number)
+        return Addresses(match[1], match[2], int(match[3]))
+
+    def close(self) -> None:
+        """End it, if it has not ended."""
+        self.process.terminate()
+        self.end()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture(scope="module")
+def command(engine: Path) -> Iterator[Callable[..., Command]]:
+    """Starts the command on free ports; `directory` is the engine's."""
+    commands: list[Command] = []
+
+    def start(*arguments: str, directory: Path = engine) -> Command:
+        ports = [argument for name in ("http", "grpc", "metrics") for argument in (f"--{name}-port", "0")]
+        commands.append(Command("--engine", str(directory), *ports, *arguments))
+        return commands[-1]
+
+    yield start
+    for each in commands:
+        each.close()
 
 
 # ---------------------------------------------------------------- caller
@@ -159,7 +247,7 @@ class Caller:
     `timeout_s` is the stream's, kept by gRPC; `timeout_us` is Triton's own, which the request carries.
     """
 
-    def __init__(self, server: RunningServer) -> None:
+    def __init__(self, server: RunningServer | Addresses) -> None:
         self.server = server
 
     @contextlib.contextmanager
@@ -207,6 +295,15 @@ class Caller:
         status, text = self.post("generate_stream", body)
         assert status == 200, text
         return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.strip()]
+
+    def ready(self) -> bool:
+        """Whether a probe would send requests to this server."""
+        try:
+            with self.http_connection() as connection:
+                connection.request("GET", f"/v2/models/{MODEL}/ready")
+                return connection.getresponse().status == 200
+        except OSError:
+            return False
 
     @contextlib.contextmanager
     def http_connection(self) -> Iterator[http.client.HTTPConnection]:

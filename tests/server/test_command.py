@@ -2,125 +2,58 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import tritonclient.grpc as triton
 
-from dgemma_runtime.server_process import MODEL_NAME
+from dgemma_runtime.server_process import model_processes
 
-
-class Command:
-    """`dgemma-server run` with its stderr read line by line."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "dgemma_runtime.server", "run", *arguments]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.lines: list[str] = []
-        self._changed = threading.Condition()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._changed:
-                self.lines.append(line.rstrip())
-                self._changed.notify_all()
-
-    def wait_for(self, pattern: str, timeout_s: float = 30.0) -> re.Match[str]:
-        """The first line on stderr that matches."""
-
-        def find() -> re.Match[str] | None:
-            return next((match for line in self.lines if (match := re.search(pattern, line))), None)
-
-        with self._changed:
-            self._changed.wait_for(lambda: find() is not None, timeout_s)
-            match = find()
-        assert match is not None, f"no line matches {pattern}: {self.lines}"
-        return match
-
-    def end(self, timeout_s: float = 40.0) -> int:
-        status = self.process.wait(timeout_s)
-        self._reader.join()
-        return status
-
-    def ready(self) -> tuple[str, int]:
-        """gRPC address and pid of the server."""
-        match = self.wait_for(r"ready: gRPC (\S+), HTTP http://\S+, metrics http://\S+/metrics \(pid (\d+)\)")
-        return match[1], int(match[2])
+if TYPE_CHECKING:
+    from tests.server.conftest import Addresses, Caller, Command
 
 
 @pytest.fixture
-def run(engine: Path) -> Iterator[Callable[..., Command]]:
-    commands: list[Command] = []
+def run(command: Callable[..., Command]) -> Iterator[Callable[..., Command]]:
+    """`command`, ended with each test."""
+    started: list[Command] = []
 
-    def start(*arguments: str, directory: Path = engine) -> Command:
-        ports = [argument for name in ("http", "grpc", "metrics") for argument in (f"--{name}-port", "0")]
-        commands.append(Command("--engine", str(directory), *ports, *arguments))
-        return commands[-1]
+    def start(*arguments: str, **options: Path) -> Command:
+        started.append(command(*arguments, **options))
+        return started[-1]
 
     yield start
-    for command in commands:
-        command.process.terminate()
-        command.end()
-        assert command.process.stdout is not None
-        assert command.process.stderr is not None
-        command.process.stdout.close()
-        command.process.stderr.close()
+    for each in started:
+        each.process.terminate()
+        each.end()
 
 
-def stub_of(server: int) -> int:
-    """The pid of the model's process."""
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and "python_backend_stub" in (entry / "cmdline").read_text():
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                if int(parent) == server:
-                    return int(entry.name)
-    raise AssertionError("no model process")
-
-
-def endless(url: str) -> triton.InferenceServerClient:
-    """A request of many seconds, under way."""
-    first = threading.Event()
-    client = triton.InferenceServerClient(url)
-    client.start_stream(lambda result, error: first.set())
-    prompt, stream = triton.InferInput("text_input", [1], "BYTES"), triton.InferInput("stream", [1], "BOOL")
-    prompt.set_data_from_numpy(np.array([b"forever"], object))
-    stream.set_data_from_numpy(np.array([True]))
-    client.async_stream_infer(MODEL_NAME, [prompt, stream])
-    assert first.wait(10)
-    return client
+def kill_model(server: Addresses) -> None:
+    os.kill(next(model_processes(server.pid)), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_says_where_it_is_and_stops_when_told_to(run: Callable[..., Command], number: signal.Signals) -> None:
+def test_it_says_where_it_is_and_stops_when_told_to(
+    run: Callable[..., Command], call: type[Caller], number: signal.Signals
+) -> None:
     command = run()
-    url, server = command.ready()
-    with contextlib.closing(triton.InferenceServerClient(url)) as client:
-        assert client.is_model_ready(MODEL_NAME)
+    server = command.ready()
+    assert call(server).ready()
     command.process.send_signal(number)
     assert command.end() == 0
     assert command.lines[-1] == "dgemma-server: stopped"
     with pytest.raises(ProcessLookupError):
-        os.kill(server, 0)
+        os.kill(server.pid, 0)
 
 
-def test_a_second_signal_stops_it_at_once(run: Callable[..., Command]) -> None:
+def test_a_second_signal_stops_it_at_once(run: Callable[..., Command], call: type[Caller]) -> None:
     command = run()
-    url, _ = command.ready()
-    with contextlib.closing(endless(url)):
+    with call(command.ready()).stream(text_input="forever", stream=True) as stream:
+        stream.next()
         command.process.send_signal(signal.SIGINT)
         command.wait_for("stopping: running requests may end")
         started = time.monotonic()
@@ -136,25 +69,34 @@ def test_a_signal_during_the_start(run: Callable[..., Command]) -> None:
     assert command.end() == 0
 
 
-def test_a_crash_of_the_model_s_process_ends_it(run: Callable[..., Command]) -> None:
-    command = run()
-    _, server = command.ready()
-    os.kill(stub_of(server), signal.SIGKILL)
-    command.wait_for("error: the model's process has crashed; stopping the server")
+def test_without_restarts_a_failure_ends_it(run: Callable[..., Command], call: type[Caller]) -> None:
+    command = run("--restarts", "0")
+    assert call(command.ready()).infer(text_input="fail").error is not None
     assert command.end() == 1
+    failed = "dgemma-server: error: the engine failed: scripted failure; no restart is allowed (--restarts 0)"
+    assert command.lines[-1] == failed
 
 
-def test_an_engine_failure_ends_it(run: Callable[..., Command]) -> None:
-    command = run()
-    url, _ = command.ready()
-    with contextlib.closing(triton.InferenceServerClient(url)) as client:
-        client.start_stream(lambda result, error: None)
-        prompt = triton.InferInput("text_input", [1], "BYTES")
-        prompt.set_data_from_numpy(np.array([b"fail"], object))
-        client.async_stream_infer(MODEL_NAME, [prompt])
-        command.wait_for("error: the engine has failed and the model is not ready any more")
+def test_it_gives_up_after_repeated_failures(run: Callable[..., Command]) -> None:
+    command = run("--restarts", "1")
+    kill_model(command.ready())
+    kill_model(command.ready(2))
     assert command.end() == 1
-    assert any("the engine failed: scripted failure; the model was unloaded" in line for line in command.lines)
+    said = [line for line in command.lines if "error" in line]
+    crashed = "dgemma-server: error: the model's process has crashed; "
+    assert said == [
+        crashed + "starting the server again (restart 1 of 1)",
+        crashed + "given up after 1 restarts without 300 s of service",
+    ]
+
+
+def test_a_signal_while_it_is_restarted(run: Callable[..., Command]) -> None:
+    command = run()
+    kill_model(command.ready())
+    command.wait_for("starting the server again")
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end() == 0
+    assert command.lines[-1] == "dgemma-server: stopped"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +105,9 @@ def test_an_engine_failure_ends_it(run: Callable[..., Command]) -> None:
         (["--http-port", "70000"], "http_port must be from 0 to 65535"),
         (["--max-model-len", "5000"], "max_model_len is 5000, the engine was built for 4096 tokens"),
         (["--max-batch-size", "0"], "max_batch_size must be an integer of at least 1, got 0"),
+        (["--restarts", "-1"], "restarts must be at least 0, got -1"),
+        (["--restart-window", "0"], "restart_window must be above 0 seconds, got 0"),
+        (["--step-timeout", "0"], "step_timeout_s must be a number of seconds above 0, got 0"),
         (["--model-repository", "/nonexistent"], "/nonexistent: no model repository"),
     ],
 )

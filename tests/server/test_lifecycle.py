@@ -12,41 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.server.conftest import until
 
 from dgemma_runtime.contract import MANIFEST_FILE, file_sha256
 from dgemma_runtime.errors import ConfigurationError, ManifestError
 from dgemma_runtime.process_settings import ProcessSettings
 from dgemma_runtime.server import RunningServer, ServerOptions, ServerStartError, running_server, start_server
+from dgemma_runtime.server_process import model_processes
 
 if TYPE_CHECKING:
     from tests.server.conftest import Caller, Stream
 
 FREE = ServerOptions(http_port=0, grpc_port=0, metrics_port=0)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.02)
-
-
-def model_process(server: RunningServer) -> int:
-    """The pid of the Python process that holds the engine."""
-    children = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _parent(entry) == server.pid and "stub" in (entry / "cmdline").read_text()
-    ]
-    (pid,) = children
-    return pid
-
-
-def _parent(entry: Path) -> int:
-    try:
-        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return -1
 
 
 def regions_of(run_directory: Path) -> list[Path]:
@@ -156,7 +133,8 @@ def test_an_engine_failure_ends_every_request_and_the_readiness(own_server: Runn
 
 def test_a_crash_of_the_model_s_process_is_seen(own_server: RunningServer) -> None:
     assert own_server.model_process_alive()
-    os.kill(model_process(own_server), signal.SIGKILL)
+    (pid,) = model_processes(own_server.pid)
+    os.kill(pid, signal.SIGKILL)
     until(lambda: not own_server.model_process_alive())
     assert own_server.model_ready()  # Triton's readiness does not tell, the reason for looking at the process
     own_server.kill()
@@ -188,12 +166,13 @@ def test_a_request_under_way_ends_before_the_server_does(own_server: RunningServ
 def test_a_request_that_outlives_the_exit_timeout_ends_with_an_error(engine: Path, call: type[Caller]) -> None:
     options = replace(FREE, exit_timeout_s=4)
     with running_server(engine, options=options) as server:
-        with call(server).stream(text_input="forever") as stream:
+        with call(server).stream(text_input="forever", headers={"triton_grpc_error": "true"}) as stream:
             time.sleep(0.3)
             server.terminate()
             answer = stream.finish()
         assert server.stop() == 0
-    assert (answer.error, answer.responses) == ("the server is shutting down", [])
+    assert answer.responses == []
+    assert answer.error == "[StatusCode.UNAVAILABLE] the server is shutting down"
 
 
 # ---------------------------------------------------------------- seeds

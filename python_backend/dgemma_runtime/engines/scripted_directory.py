@@ -7,6 +7,7 @@ such backend, so a server runs a script only where someone wrote one on purpose.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dgemma_runtime.engines.scripted import ChaoticEngine, Script, ScriptedCanva
 from dgemma_runtime.errors import EngineError, ManifestError
 
 SCRIPT_FILE = "script.json"
+_HANG_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ScriptFile:
     default_answer: list[int]
     answers: list[tuple[list[int], list[int]]] = field(default_factory=list)  # ids of whole prompt, answer
     failing_prompt: list[int] = field(default_factory=list)  # the engine fails on prompts that begin so; empty: on none
+    hanging_prompt: list[int] = field(default_factory=list)  # the engine does not return on prompts that begin so
     steps: int = 4  # denoising steps per canvas
     delay_s: float = 0.0  # per engine call
     chaotic: bool = False  # no answers: every token depends on everything that a model's would depend on
@@ -34,11 +37,13 @@ class ScriptFile:
     def script(self, canvas_length: int) -> Script:
         """From a context to its next canvas of `canvas_length` tokens."""
         answers = [(np.array(p, np.int32), np.array(a, np.int32)) for p, a in self.answers]
-        failing = np.array(self.failing_prompt, np.int32)
+        failing, hanging = (np.array(ids, np.int32) for ids in (self.failing_prompt, self.hanging_prompt))
 
         def script(context: Int32Array) -> ScriptedCanvas:
             if len(failing) and np.array_equal(context[: len(failing)], failing):
                 raise EngineError("scripted failure")
+            if len(hanging) and np.array_equal(context[: len(hanging)], hanging):
+                time.sleep(_HANG_S)
             for prompt, answer in answers:
                 if np.array_equal(context[: len(prompt)], prompt):
                     return ScriptedCanvas(_canvas(answer, len(context) - len(prompt), canvas_length), self.steps)
