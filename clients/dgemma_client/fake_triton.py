@@ -26,14 +26,14 @@ from dgemma_client.transport import Outputs
 
 @dataclass(frozen=True)
 class Refusal:
-    """What Triton itself refuses before the model sees it: a message without a status."""
+    """What Triton or the model refuses: a message without a status."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class ModelError:
-    """An error that the model sends: a status if the client asked for one, else a message."""
+    """A stream that ends with a status, as gRPC itself and proxies end one."""
 
     status: grpc.StatusCode
     message: str
@@ -115,7 +115,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def ModelStreamInfer(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         self.peers.add(context.peer())
-        statuses = dict(context.invocation_metadata()).get("triton_grpc_error") == "true"
+        if "triton_grpc_error" in dict(context.invocation_metadata()):
+            raise ValueError("this header crashes Triton 2.51")
         async for message in requests:
             request = _decoded(message)
             self.requests.append(request)
@@ -123,7 +124,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
                 for item in self._handler(request):
                     if isinstance(item, int | float):
                         await asyncio.sleep(item)
-                    elif isinstance(item, ModelError) and statuses:
+                    elif isinstance(item, ModelError):
                         await context.abort(item.status, item.message)
                     else:
                         yield _response(item)
@@ -140,9 +141,9 @@ def _decoded(message: Any) -> InferRequest:
     return InferRequest(message.model_name, message.id, inputs)
 
 
-def _response(item: Outputs | Refusal | ModelError | bytes) -> Any:
+def _response(item: Outputs | Refusal | bytes) -> Any:
     message = service_pb2.ModelStreamInferResponse()
-    if isinstance(item, Refusal | ModelError):
+    if isinstance(item, Refusal):
         message.error_message = item.message
     elif isinstance(item, bytes):
         message.infer_response.outputs.add(name="text_output", datatype="BYTES", shape=[1])

@@ -1,15 +1,16 @@
 """How requests reach a server: the interface, and gRPC to Triton. Knows tensors, not events.
 
 One request per stream: the asyncio stubs hide Triton's empty final response, so the end of the stream is completion.
-The header `triton_grpc_error` makes Triton end a stream with the status of a model's error; without it an error is a
-message without status. What Triton itself refuses before the model sees it comes as a message all the same.
+An error of the model comes as a message without a status, and its kind is told from the message. Triton would send a
+status if asked to by the header `triton_grpc_error`; but then errors make it use freed memory, and 2.51 dies of that
+within some hundred refusals (`make stress` found it).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any, Protocol
 
 import grpc
@@ -37,10 +38,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),  # a restarted server is found again at once
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
-MAX_RETRIES = 4  # gRPC's own limit is five attempts
-_RETRY_POLICY = {"initialBackoff": "0.5s", "maxBackoff": "5s", "backoffMultiplier": 2}  # gRPC adds jitter
-_RETRIED = {"service": "inference.GRPCInferenceService", "method": "ModelStreamInfer"}
-_RETRY_BUFFER_BYTES = 256 * 2**20  # a longer prompt is sent once
+MAX_RETRIES = 4
+_FIRST_PAUSE_S = 0.5  # before a request is sent again; each further one is twice as long
 _PROBE_S = 2.0
 _BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.CANCELLED: Cancelled,
@@ -50,7 +49,10 @@ _BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Overloaded,
 }
-_REFUSALS = {  # parts of Triton's own messages, which carry no status
+_REFUSALS: dict[str, type[ClientError]] = {  # parts of messages without a status: the model's, then Triton's own
+    "the engine failed": ServerError,
+    "the queue is full": Overloaded,
+    "the server is shutting down": Overloaded,
     "unknown model": InvalidRequest,
     "expected": InvalidRequest,
     "unexpected": InvalidRequest,
@@ -93,33 +95,54 @@ class GrpcTransport:
     """
 
     def __init__(self, url: str, credentials: grpc.ChannelCredentials | None = None, *, retries: int = 0) -> None:
-        self._url = url
-        options = (*_CHANNEL_OPTIONS, *_retry_options(retries))
+        if not 0 <= retries <= MAX_RETRIES:
+            raise InvalidRequest(f"retries: {retries} is outside of 0 to {MAX_RETRIES}")
+        self._url, self._retries = url, retries
         if credentials is None:
-            self._channel = grpc.aio.insecure_channel(url, options=options)
+            self._channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
         else:
-            self._channel = grpc.aio.secure_channel(url, credentials, options=options)
+            self._channel = grpc.aio.secure_channel(url, credentials, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def stream(
         self, request: InferRequest, timeout_s: float, connect_timeout_s: float
     ) -> AsyncGenerator[Outputs]:
         message = encode(request.model, request.request_id, request.inputs)
-        await self._connect(min(timeout_s, connect_timeout_s))
-        call = self._stub.ModelStreamInfer(_only(message), timeout=timeout_s, metadata=(("triton_grpc_error", "true"),))
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        for attempt in range(self._retries + 1):
+            left_s, answered = deadline - asyncio.get_running_loop().time(), False
+            try:
+                async with aclosing(self._once(message, left_s, connect_timeout_s)) as responses:
+                    async for outputs in responses:
+                        answered = True
+                        yield outputs
+                return
+            except (Overloaded, ConnectError):
+                if answered or attempt == self._retries:
+                    raise
+            await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
+
+    async def _once(self, message: Any, timeout_s: float, connect_timeout_s: float) -> AsyncGenerator[Outputs]:
+        """The responses to one attempt."""
+        call = None
         try:
+            await self._connect(min(timeout_s, connect_timeout_s))
+            call = self._stub.ModelStreamInfer(_only(message), timeout=timeout_s)
             async for response in call:
                 if response.error_message:
                     raise _refusal(response.error_message)
                 yield decode(response.infer_response)
         except grpc.aio.AioRpcError as error:
             raise await self._error(error) from None
+        except grpc.aio.UsageError:
+            raise Cancelled("the client was closed before the request was sent") from None
         except asyncio.CancelledError:
             if _task_is_cancelled():
                 raise
             raise Cancelled("the client was closed while the request was under way") from None
         finally:
-            call.cancel()
+            if call is not None:
+                call.cancel()
 
     async def live(self, timeout_s: float) -> bool:
         try:
@@ -177,23 +200,13 @@ class GrpcTransport:
         return _BY_STATUS.get(code, ServerError)(details)
 
 
-def _retry_options(retries: int) -> tuple[tuple[str, int | str], ...]:
-    if not 0 <= retries <= MAX_RETRIES:
-        raise InvalidRequest(f"retries: {retries} is outside of 0 to {MAX_RETRIES}")
-    if not retries:
-        return ()
-    policy = {**_RETRY_POLICY, "maxAttempts": retries + 1, "retryableStatusCodes": ["UNAVAILABLE"]}
-    return (
-        ("grpc.service_config", json.dumps({"methodConfig": [{"name": [_RETRIED], "retryPolicy": policy}]})),
-        ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
-    )
-
-
 async def _only(message: Any) -> AsyncIterator[Any]:
     yield message
 
 
 def _refusal(message: str) -> ClientError:
+    if InvalidRequest(message).field is not None:  # only what the model refuses begins with a field's name
+        return InvalidRequest(message)
     known = (kind for part, kind in _REFUSALS.items() if part in message)
     return next(known, ServerError)(message)
 

@@ -68,6 +68,10 @@ async def test_a_whole_answer() -> None:
         (ModelError(grpc.StatusCode.INTERNAL, "the engine failed"), ServerError),
         (ModelError(grpc.StatusCode.UNKNOWN, "the engine failed"), ServerError),
         (ModelError(grpc.StatusCode.CANCELLED, "shutting down"), Cancelled),
+        (Refusal("top_k: is not supported, got 5"), InvalidRequest),
+        (Refusal("the queue is full: 4 requests are waiting (queue_size); try again in about 2 s"), Overloaded),
+        (Refusal("the server is shutting down; try again on another one, or when it is back"), Overloaded),
+        (Refusal("the engine failed: RuntimeError: expected another shape"), ServerError),
         (Refusal("Request for unknown model: 'x' is not found"), InvalidRequest),
         (Refusal("[request id: 1] expected 1 inputs but got 0 inputs for model 'm'"), InvalidRequest),
         (Refusal("unexpected inference input 'zzz' for model 'm'"), InvalidRequest),
@@ -239,7 +243,14 @@ async def test_many_at_once_and_a_long_prompt() -> None:
     assert [result.text for result in results] == texts
 
 
-BUSY = ModelError(grpc.StatusCode.UNAVAILABLE, "the queue is full; try again in 1 s")
+async def test_a_closed_client_says_so() -> None:
+    async with FakeTriton(lambda request: [final()]) as server, Client(server.url) as client:
+        await client.close()
+        with pytest.raises(Cancelled, match="client was closed before"):
+            await client.generate("hi")
+
+
+BUSY = Refusal("the queue is full; try again in 1 s")
 
 
 async def test_what_was_refused_is_sent_again_and_what_has_begun_never() -> None:
@@ -272,7 +283,7 @@ async def test_retries_are_counted_and_end_with_the_error(retries: int, sent: in
 
 
 async def test_a_bad_request_is_not_sent_again() -> None:
-    refusal = ModelError(grpc.StatusCode.INVALID_ARGUMENT, "top_k: is not supported, got 5")
+    refusal = Refusal("top_k: is not supported, got 5")
     async with FakeTriton(lambda request: [refusal]) as server, Client(server.url, retries=4) as client:
         with pytest.raises(InvalidRequest):
             await client.generate("hi")
