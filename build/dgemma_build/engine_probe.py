@@ -11,6 +11,7 @@ import numpy as np
 from dgemma_build.gate import ProbeStep
 from dgemma_runtime.contract import (
     SLIDING,
+    CommitRow,
     DenoiseRow,
     EncodeRow,
     Engine,
@@ -37,7 +38,10 @@ class Inspected(Engine, Protocol):
 
 
 class Probe:
-    """An `EngineProbe` over an engine. `neighbours` other canvases run in the same calls, which must change nothing."""
+    """An `EngineProbe` over an engine. `neighbours` other canvases run in the same calls, which must change nothing.
+
+    What is encoded behind a canvas, whole, goes to the engine as that canvas's commit.
+    """
 
     def __init__(self, engine: Inspected, neighbours: int = 0) -> None:
         self._neighbours = neighbours
@@ -47,13 +51,21 @@ class Probe:
         rng, pages = np.random.default_rng(0), engine.limits.full_pages
         self._pages = SequencePages(*(rng.permutation(pages).astype(np.int32) for _ in range(2)))
         self._position = 0
+        self._others: list[DenoiseRow] | None = None  # beside the canvas that is being denoised
 
     def start(self) -> None:
         self._position = 0
+        self._others = None
         for slot in range(1 + self._neighbours):
             self.engine.release(slot)
 
     def encode(self, token_ids: Int32Array) -> None:
+        if self._others is not None and len(token_ids) == self.spec.canvas_length:
+            commit = CommitRow(self._neighbours, token_ids, self._position, self._pages)
+            self.engine.denoise(self._others, [commit])
+            self._position += len(token_ids)
+            self._others = None
+            return
         longest = self.engine.limits.max_encode_tokens
         for start in range(0, len(token_ids), longest):
             chunk = token_ids[start : start + longest]
@@ -80,6 +92,7 @@ class Probe:
             for slot in range(self._neighbours)
         ]
         result = self.engine.denoise([*others, row])
+        self._others = [replace(other, first_step=False) for other in others]
         return ProbeStep(
             argmax_ids=result.argmax_ids[-1],
             sampled_ids=result.sampled_ids[-1],
