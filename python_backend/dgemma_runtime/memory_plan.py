@@ -69,6 +69,14 @@ class MemoryPlan:
         )
 
 
+def check_memory(directory: Path, manifest: Manifest, settings: RuntimeSettings) -> None:
+    """What can be known before the engine is opened, a GPU's memory not; raises ConfigurationError."""
+    if manifest.backend in HOST_BACKENDS:
+        plan_host_memory(directory, manifest, settings)
+    else:
+        plan_limits(manifest, settings)
+
+
 def plan_host_memory(
     directory: Path, manifest: Manifest, settings: RuntimeSettings, available: AvailableMemory | None = None
 ) -> MemoryPlan:

@@ -25,9 +25,9 @@ from typing import IO, Any
 
 from dgemma_runtime.contract import Manifest
 from dgemma_runtime.errors import ConfigurationError, DGemmaError
+from dgemma_runtime.memory_plan import check_memory
 from dgemma_runtime.process_settings import SETTINGS_VARIABLE, ProcessSettings
 from dgemma_runtime.repository import model_facts, stage_repository
-from dgemma_runtime.settings import plan_limits
 from dgemma_runtime.triton_install import TritonInstall, find_triton
 
 MODEL_NAME = "diffusion_gemma"
@@ -197,7 +197,7 @@ def start_server(settings: ProcessSettings, options: ServerOptions, log_to_file:
     """
     install = find_triton()
     manifest = Manifest.load(settings.engine)
-    plan_limits(manifest, settings.runtime)
+    check_memory(settings.engine, manifest, settings.runtime)
     options = _with_ports(options)
     if not (options.model_repository / MODEL_NAME / "config.pbtxt").is_file():
         raise ConfigurationError(
