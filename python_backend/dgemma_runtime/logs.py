@@ -15,6 +15,7 @@ from typing import TextIO
 
 from pythonjsonlogger.json import JsonFormatter
 
+from dgemma_runtime.deferred import Deferred
 from dgemma_runtime.events import Finished
 from dgemma_runtime.observer import Observer
 from dgemma_runtime.requests import LiveRequest
@@ -76,7 +77,13 @@ def _json_formatter() -> logging.Formatter:
 
 
 class LogObserver(Observer):
-    """One line when a request is accepted (DEBUG), refused, preempted (DEBUG) and at its end."""
+    """One line when a request is accepted (DEBUG), refused, preempted (DEBUG) and at its end.
+
+    A line takes longer than an engine thread should be kept, so `deferred` writes the one of every request.
+    """
+
+    def __init__(self, deferred: Deferred) -> None:
+        self._deferred = deferred
 
     def refused(self, request_id: str, kind: str) -> None:
         _log.info("request %s: refused, %s", request_id or "-", kind, extra={"error": kind})
@@ -91,19 +98,22 @@ class LogObserver(Observer):
 
     def finished(self, request: LiveRequest, event: Finished) -> None:
         level = logging.ERROR if event.reason == "error" else logging.INFO
-        if not _log.isEnabledFor(level):
-            return
-        figures = event.statistics
-        _log.log(
-            level,
-            "request %s: finished (%s), %d tokens in %d canvases and %d steps, %.1f ms of which %.1f in the queue%s",
-            request.request_id,
-            event.reason,
-            figures.num_output_tokens,
-            figures.canvases,
-            figures.denoising_steps,
-            figures.total_ms,
-            figures.queue_ms,
-            f"; {event.error}" if event.error else "",
-            extra={"reason": event.reason, **vars(figures)},
-        )
+        if _log.isEnabledFor(level):
+            self._deferred.call(lambda: _write_end(level, request.request_id, event))
+
+
+def _write_end(level: int, request_id: str, event: Finished) -> None:
+    figures = event.statistics
+    _log.log(
+        level,
+        "request %s: finished (%s), %d tokens in %d canvases and %d steps, %.1f ms of which %.1f in the queue%s",
+        request_id,
+        event.reason,
+        figures.num_output_tokens,
+        figures.canvases,
+        figures.denoising_steps,
+        figures.total_ms,
+        figures.queue_ms,
+        f"; {event.error}" if event.error else "",
+        extra={"reason": event.reason, **vars(figures)},
+    )

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from dgemma_runtime.assembly import Application
+from dgemma_runtime.deferred import Deferred
 from dgemma_runtime.logs import LogObserver, RuntimeLog
 from dgemma_runtime.metrics import Metrics
 from dgemma_runtime.metrics_publisher import MetricsPublisher
@@ -15,6 +16,7 @@ from dgemma_runtime.process_settings import ProcessSettings
 from dgemma_runtime.tracing import TraceObserver
 
 _log = logging.getLogger(__name__)
+_CLOSE_S = 3.0
 
 
 class Observability:
@@ -25,12 +27,13 @@ class Observability:
         self._metrics = Metrics()
         self._publisher: MetricsPublisher | None = None
         self._traces: TraceObserver | None = None
-        watching: list[Observer] = [self._metrics, LogObserver()]
+        self._deferred = Deferred("after-work")
+        watching: list[Observer] = [self._metrics, LogObserver(self._deferred)]
         if settings.traces:
             try:
-                self._traces = TraceObserver.open()
+                self._traces = TraceObserver.open(self._deferred)
             except BaseException:
-                self._log.close()
+                self.close()
                 raise
             watching.append(self._traces)
         self.observer: Observer = Observers(watching)
@@ -51,6 +54,7 @@ class Observability:
         """At the model's end, after the service's."""
         if self._publisher is not None:
             self._publisher.stop()
+        self._deferred.close(_CLOSE_S)
         if self._traces is not None:
             self._traces.close()
         self._log.close()

@@ -1,7 +1,7 @@
 """OpenTelemetry spans per request: queue, prefill, canvases, commits. Knows no Triton.
 
-A request's moments are kept as numbers while it lives; at its end a thread of this module makes spans of them, and the
-SDK's own thread exports these. `OTEL_*` variables configure exporter, sampler, limits and resource as everywhere.
+A request's moments are kept as numbers while it lives; after its end another thread makes spans of them, and the SDK's
+own thread exports these. `OTEL_*` variables configure exporter, sampler, limits and resource as everywhere.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from dgemma_runtime.deferred import Deferred
 from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.events import Finished
 from dgemma_runtime.observer import Observer
@@ -68,24 +68,19 @@ class _Trace:
 
 
 class TraceObserver(Observer):
-    """Collects moments; spans come from a thread. Hooks of one request are called one after the other."""
+    """Collects moments; `deferred` makes the spans. Hooks of one request are called one after the other."""
 
-    def __init__(self, provider: TracerProvider) -> None:
-        self._provider = provider
+    def __init__(self, provider: TracerProvider, deferred: Deferred) -> None:
+        self._provider, self._deferred = provider, deferred
         self._live: dict[LiveRequest, _Trace] = {}
-        self._ended: queue.SimpleQueue[tuple[LiveRequest, _Trace, Finished, int] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="traces", daemon=True)
-        self._thread.start()
 
     @staticmethod
-    def open() -> TraceObserver:
+    def open(deferred: Deferred) -> TraceObserver:
         """With the exporter that the environment names; raises ConfigurationError."""
-        return TraceObserver(_provider())
+        return TraceObserver(_provider(), deferred)
 
     def close(self) -> None:
-        """Export what has ended, as far as the collector takes it at once."""
-        self._ended.put(None)
-        self._thread.join(_CLOSE_S)
+        """Export the spans that were made, as far as the collector takes them at once."""
         ending = threading.Thread(target=self._provider.shutdown, daemon=True)
         ending.start()
         ending.join(_CLOSE_S)
@@ -130,13 +125,9 @@ class TraceObserver(Observer):
         elif request.canvas is not None and event.reason not in ("stop", "length"):
             figures = {"dgemma.canvas": request.canvas_index, "dgemma.steps": request.canvas.step}
             trace.parts.append(_Part(f"canvas {request.canvas_index}", request.timeline.canvas_started, now, figures))
-        self._ended.put((request, trace, event, now))
+        self._deferred.call(lambda: self._export(request, trace, event, now))
 
     # ------------------------------------------------------------ spans
-
-    def _run(self) -> None:
-        while (item := self._ended.get()) is not None:
-            self._export(*item)
 
     def _export(self, request: LiveRequest, trace: _Trace, event: Finished, ended: int) -> None:
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context

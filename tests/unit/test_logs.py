@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from dgemma_runtime.deferred import Deferred
 from dgemma_runtime.errors import InvalidRequest
 from dgemma_runtime.logs import LogObserver, RuntimeLog
 from dgemma_runtime.parameters import default_parameters
@@ -41,7 +42,8 @@ def served(log_format: str, level: str = "DEBUG", fail: bool = False) -> io.Stri
     log = RuntimeLog(level, log_format, stream)
     engine = scripted_engine(ANSWERS, fail_on={"denoise": 1} if fail else None)
     defaults = default_parameters({"eos_token_id": EOS})
-    service = Service(engine, tiny_codec(), small_settings(), defaults, LogObserver())
+    deferred = Deferred("test")
+    service = Service(engine, tiny_codec(), small_settings(), defaults, LogObserver(deferred))
     service.start()
     recorder = Recorder()
     with pytest.raises(InvalidRequest):
@@ -49,6 +51,7 @@ def served(log_format: str, level: str = "DEBUG", fail: bool = False) -> io.Stri
     service.submit(GenerationRequest("a secret prompt", defaults, "good-1"), recorder)
     recorder.finished()
     service.stop()
+    deferred.close(10)
     log.close()
     return stream
 

@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
+from dgemma_runtime.deferred import Deferred
 from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.parameters import default_parameters, parse_parameters
 from dgemma_runtime.requests import GenerationRequest
@@ -42,9 +43,15 @@ def exporter() -> InMemorySpanExporter:
 def observer(exporter: InMemorySpanExporter) -> Iterator[TraceObserver]:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    watching = TraceObserver(provider)
+    watching = TraceObserver(provider, Deferred("test"))
     yield watching
-    watching.close()
+    end(watching)
+
+
+def end(observer: TraceObserver) -> None:
+    """Every span is made and exported."""
+    observer._deferred.close(10)
+    observer.close()
 
 
 def serve(observer: TraceObserver, engine: Any = None, **settings: int) -> Service:
@@ -61,7 +68,7 @@ def ask(service: Service, prompt: str, request_id: str = "", **values: object) -
 
 def tree(observer: TraceObserver, exporter: InMemorySpanExporter) -> tuple[ReadableSpan, list[ReadableSpan]]:
     """The only root and its children by time, after the observer has ended."""
-    observer.close()
+    end(observer)
     spans = exporter.get_finished_spans()
     (root,) = [span for span in spans if span.name == "generate"]
     children = [span for span in spans if span is not root]
@@ -83,10 +90,10 @@ def times(span: ReadableSpan) -> tuple[int, int]:
 def test_the_tree_of_one_request(observer: TraceObserver, exporter: InMemorySpanExporter) -> None:
     before = time.time_ns()
     service = serve(observer)
-    end = ask(service, "two", "r-1").finished()
+    statistics = ask(service, "two", "r-1").finished().statistics
     service.stop()
     root, children = tree(observer, exporter)
-    canvases = end.statistics.canvases
+    canvases = statistics.canvases
     assert canvases > 2
     names = [span.name for span in children]
     assert names[:3] == ["queue", "prefill", "canvas 0"]
@@ -95,14 +102,14 @@ def test_the_tree_of_one_request(observer: TraceObserver, exporter: InMemorySpan
     assert root.attributes is not None
     assert root.attributes["gen_ai.response.id"] == "r-1"
     assert root.attributes["gen_ai.response.finish_reasons"] == ("stop",)
-    assert root.attributes["gen_ai.usage.output_tokens"] == end.statistics.num_output_tokens
+    assert root.attributes["gen_ai.usage.output_tokens"] == statistics.num_output_tokens
     figures = [dict(span.attributes or {}) for span in children if span.name.startswith("canvas")]
     assert [item["dgemma.canvas"] for item in figures] == list(range(canvases))
-    assert sum(int(str(item["dgemma.steps"])) for item in figures) == end.statistics.denoising_steps
-    assert sum(int(str(item["dgemma.tokens"])) for item in figures) == end.statistics.num_output_tokens
+    assert sum(int(str(item["dgemma.steps"])) for item in figures) == statistics.denoising_steps
+    assert sum(int(str(item["dgemma.tokens"])) for item in figures) == statistics.num_output_tokens
     started, ended = times(root)
     assert before - 10**8 < started < ended < time.time_ns() + 10**8
-    assert ended - started == pytest.approx(end.statistics.total_ms * 1e6, abs=2e7)
+    assert ended - started == pytest.approx(statistics.total_ms * 1e6, abs=2e7)
     for span in children:
         first, last = times(span)
         assert started <= first <= last <= ended, span.name
@@ -112,7 +119,7 @@ def test_no_prompt_and_no_answer(observer: TraceObserver, exporter: InMemorySpan
     service = serve(observer)
     ask(service, "two").finished()
     service.stop()
-    observer.close()
+    end(observer)
     text = "".join(str(span.to_json()) for span in exporter.get_finished_spans())
     assert "several" not in text
     assert '"two"' not in text
@@ -151,7 +158,7 @@ def test_a_trace_is_the_caller_s_of_that_call_only(observer: TraceObserver, expo
     with called_with(""):
         ask(service, "one").finished()
     service.stop()
-    observer.close()
+    end(observer)
     roots = [span for span in exporter.get_finished_spans() if span.name == "generate"]
     assert [span.parent is not None for span in roots] == [True, False]
 
@@ -167,7 +174,7 @@ def test_a_request_that_never_ran(observer: TraceObserver, exporter: InMemorySpa
     waiting.finished()
     running.finished()
     service.stop()
-    observer.close()
+    end(observer)
     spans = exporter.get_finished_spans()
     (root,) = [span for span in spans if (span.attributes or {}).get("gen_ai.response.id") == "waits"]
     assert root.context is not None
@@ -196,7 +203,7 @@ def test_a_preemption_is_an_event_and_a_second_wait(observer: TraceObserver, exp
         assert recorder.finished(60).reason in ("length", "stop")
     preempted = service.statistics().preemptions
     service.stop()
-    observer.close()
+    end(observer)
     roots = [span for span in exporter.get_finished_spans() if span.name == "generate"]
     events = [event.name for span in roots for event in span.events]
     assert preempted > 0
@@ -279,11 +286,11 @@ def test_spans_reach_a_collector(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=test")
-    observer = TraceObserver.open()
+    observer = TraceObserver.open(Deferred("test"))
     service = serve(observer)
     ask(service, "one").finished()
     service.stop()
-    observer.close()
+    end(observer)
     collector.wait(lambda names: {"generate", "queue", "prefill", "canvas 0"} <= set(names))
     assert collector.resource["service.name"] == "dgemma"
     assert collector.resource["deployment.environment.name"] == "test"
@@ -291,23 +298,23 @@ def test_spans_reach_a_collector(
 
 def test_without_a_collector_the_end_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    observer = TraceObserver.open()
+    observer = TraceObserver.open(Deferred("test"))
     service = serve(observer)
     ask(service, "one").finished()
     service.stop()
     started = time.monotonic()
-    observer.close()
+    end(observer)
     assert time.monotonic() - started < 8
 
 
 def test_an_unknown_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/json")
     with pytest.raises(ConfigurationError, match="OTEL_EXPORTER_OTLP_TRACES_PROTOCOL must be grpc or http/protobuf"):
-        TraceObserver.open()
+        TraceObserver.open(Deferred("test"))
 
 
 @pytest.mark.parametrize("module", ["opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter"])
 def test_a_missing_package_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigurationError, match="extra `otel`"):
-        TraceObserver.open()
+        TraceObserver.open(Deferred("test"))
