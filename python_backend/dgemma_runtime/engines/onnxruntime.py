@@ -148,7 +148,7 @@ class OnnxRuntimeEngine:
         used = [self._where[slot] for slot in (*(row.slot for row in rows), *(row.slot for row in commits))]
         for workspace in dict.fromkeys(used):
             members = [index for index, row in enumerate(rows) if self._where[row.slot] is workspace]
-            ended = [commit for commit in commits if self._where[commit.slot] is workspace]
+            ended = [commit for commit in commits if self._where.get(commit.slot) is workspace]
             places = workspace.run(self._call, self._pools, [rows[index] for index in members], ended)
             argmax[members] = workspace.results["argmax_ids"][places]
             sampled[members] = workspace.results["sampled_ids"][places]
