@@ -12,11 +12,11 @@ from typing import Any
 
 from dgemma_build.stress.clients import Outcome, Site
 from dgemma_build.stress.load import UNDISTURBED, WEIGHTS, Question, questions
-from dgemma_build.stress.watch import PREEMPTIONS, Sample, read_metrics, sample, watch
-from dgemma_client import Client
+from dgemma_build.stress.watch import ACCEPTED, FINISHED, PREEMPTIONS, Sample, read_metrics, sample, watch
+from dgemma_client import Client, ClientError
 from dgemma_runtime.server import RunningServer, running_server
 
-MAX_MODEL_LEN, PAGE_SIZE, TURNS = 4096, 64, 16
+MAX_MODEL_LEN, PAGE_SIZE, TURNS = 2048, 64, 16
 MEMORY_BAR = 0.05  # how much higher the last third's peak of memory may be than the middle third's
 _SETTLE_S = 10.0  # for the server to notice that the last clients have gone
 
@@ -57,7 +57,6 @@ class Stressed:
     outcomes: tuple[Outcome, ...]
     samples: tuple[Sample, ...]
     checks: tuple[Check, ...]
-    metrics: Mapping[str, float]  # the server's, at the end
 
     @property
     def passed(self) -> bool:
@@ -66,9 +65,9 @@ class Stressed:
 
 def variants(clients: int) -> tuple[Variant, Variant]:
     """Room for eight whole contexts, and for little more than one; queues that overflow."""
-    batch = max(2, clients // 8)
+    batch = max(4, clients // 8)
     settings = {"threads": 2, "max_batch_size": batch, "max_model_len": MAX_MODEL_LEN, "page_size": PAGE_SIZE}
-    settings["queue_size"] = max(2, clients * 3 // 4)
+    settings["queue_size"] = clients * 5 // 8
     whole = MAX_MODEL_LEN // PAGE_SIZE
     return (
         Variant("enough pages", {**settings, "full_pages": whole * batch}),
@@ -87,16 +86,36 @@ async def _stress(server: RunningServer, variant: Variant, load: Load) -> Stress
     references = await answers(server.grpc_url, asked, "before")
     await _warm_up(server.grpc_url, asked, variant.settings["max_batch_size"])
     outcomes, samples = await _under_load(server, load, asked, references)
+    try:
+        checks = [*request_checks(outcomes), *await _checks_of_server(server, variant, asked, references, samples)]
+    except (ClientError, OSError) as error:
+        said = f"{type(error).__name__}: {error}\n{server.log_tail(5)}"
+        checks = [*request_checks(outcomes), Check("the server still serves", said, False)]
+    return Stressed(variant.name, load, tuple(outcomes), tuple(samples), tuple(checks))
+
+
+async def _checks_of_server(
+    server: RunningServer,
+    variant: Variant,
+    asked: Sequence[Question],
+    references: Mapping[str, tuple[int, ...]],
+    samples: Sequence[Sample],
+) -> list[Check]:
+    """What must hold after the load; raises ClientError or OSError where nobody answers."""
     last = await _settled(server)
-    again = await answers(server.grpc_url, asked, "after")
     metrics = read_metrics(server.metrics_url)
+    again = await answers(server.grpc_url, asked, "after")
     changed = sum(again[name] != reference for name, reference in references.items())
     checks = [
-        *request_checks(outcomes),
         Check(
             "running and waiting at the end", f"{last.running:g} and {last.waiting:g}", not last.running + last.waiting
         ),
         Check("pages referenced at the end", f"{last.pages:.1%}", last.pages == 0),
+        Check(
+            "requests accepted, and ended, by the server's count",
+            f"{metrics[ACCEPTED]:g}, {metrics[FINISHED]:g}",
+            metrics[ACCEPTED] == metrics[FINISHED],
+        ),
         memory_check(samples),
         Check("server ready, its process alive", "", bool(server.model_ready()) and server.model_process_alive()),
         Check("answers after the load equal those before", f"{changed} of {len(again)} differ", not changed),
@@ -104,7 +123,7 @@ async def _stress(server: RunningServer, variant: Variant, load: Load) -> Stress
     if variant.preempts:
         preemptions = metrics[PREEMPTIONS]
         checks.append(Check("preemptions", f"{preemptions:g}", preemptions > 0))
-    return Stressed(variant.name, load, tuple(outcomes), tuple(samples), tuple(checks), metrics)
+    return checks
 
 
 async def answers(url: str, asked: Sequence[Question], salt: str) -> dict[str, tuple[int, ...]]:
@@ -147,8 +166,6 @@ async def _under_load(
         watcher.cancel()
         await asyncio.wait([watcher])
         await site.close()
-    if not watcher.cancelled():
-        watcher.result()  # raises what ended it
     return outcomes, samples
 
 

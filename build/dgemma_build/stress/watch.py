@@ -15,7 +15,8 @@ import psutil
 from dgemma_runtime.server import RunningServer
 
 RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
-PAGES, PREEMPTIONS = "vllm:kv_cache_usage_perc", "vllm:num_preemptions_total"
+PAGES, PREEMPTIONS = "vllm:kv_cache_usage_perc", "dgemma_preemptions_total"
+ACCEPTED, FINISHED = "dgemma_requests_accepted_total", "dgemma_requests_finished_total"
 _EVERY_S = 0.5
 
 
@@ -69,8 +70,11 @@ def sample(server: RunningServer, started: float) -> Sample:
 
 
 async def watch(server: RunningServer, samples: list[Sample]) -> None:
-    """Add a sample twice a second until cancelled."""
+    """Add a sample twice a second until cancelled; stops where the server does not answer any more."""
     started = time.monotonic()
     while True:
-        samples.append(await asyncio.to_thread(sample, server, started))
+        try:
+            samples.append(await asyncio.to_thread(sample, server, started))
+        except (OSError, psutil.NoSuchProcess):
+            return
         await asyncio.sleep(_EVERY_S)
