@@ -28,15 +28,21 @@ from dgemma_runtime.contract import (
     SequencePages,
 )
 from dgemma_runtime.engines.ort_pages import PagePools
-from dgemma_runtime.engines.ort_rows import Array, EncodeRows, Rows, Workspace
+from dgemma_runtime.engines.ort_rows import (
+    KEPT_SLOTS,
+    SMALLEST_SLOTS,
+    Array,
+    EncodeRows,
+    Rows,
+    Workspace,
+    encode_tokens,
+    slots_for,
+)
 from dgemma_runtime.errors import EngineError, EngineMemoryError, ManifestError
 
 MODEL_FILE = "model.onnx"
 _PRECISIONS = ("fp32", "int8", "int4")
 _REBUILD = "build the engine again with `dgemma-build engine`"
-_SMALLEST_SLOTS = 128  # of a row of caches
-_KEPT_SLOTS = 4096  # longer rows are given back when nobody is in them
-_MOST_SCORES = 2**25  # of one head in one encode call: it bounds what a long prompt takes beside its context
 _NO_MEMORY = re.compile(r"bad_alloc|bad allocation|[Ff]ailed to allocate memory|out of memory", re.IGNORECASE)
 
 Made = TypeVar("Made")
@@ -172,14 +178,14 @@ class OnnxRuntimeEngine:
         fitting = [
             workspace
             for workspace in self._workspaces
-            if need <= workspace.slots <= max(2 * need, 2 * _SMALLEST_SLOTS)
+            if need <= workspace.slots <= max(2 * need, 2 * SMALLEST_SLOTS)
             and (workspace is present or not workspace.full)
         ]
 
         def merit(workspace: Workspace) -> tuple[bool, int, bool, int]:
             """Canvases of one workspace share a call; short contexts are moved for that, long ones are not."""
             here = workspace is present
-            return here and need > _KEPT_SLOTS, workspace.occupied - here, here, -workspace.slots
+            return here and need > KEPT_SLOTS, workspace.occupied - here, here, -workspace.slots
 
         chosen = max(fitting, key=merit, default=None)
         if chosen is not present:
@@ -197,7 +203,7 @@ class OnnxRuntimeEngine:
         self._encoders = [
             encoder
             for encoder in self._encoders
-            if encoder.slots <= _KEPT_SLOTS
+            if encoder.slots <= KEPT_SLOTS
             or self._pools.good_tokens(encoder.content[0], row.position, row.pages) < row.position
         ]
         self._trim_encoders(0)
@@ -207,7 +213,7 @@ class OnnxRuntimeEngine:
         if workspace is None:
             return
         workspace.leave(slot)
-        if not workspace.occupied and workspace.slots > _KEPT_SLOTS:
+        if not workspace.occupied and workspace.slots > KEPT_SLOTS:
             self._workspaces.remove(workspace)
 
     # ------------------------------------------------------------ inspection, for parity checks
@@ -276,15 +282,3 @@ def _memory() -> Iterator[None]:
         raise EngineMemoryError(
             f"there is no memory for this call ({error}); lower max_batch_size, max_model_len or kv_memory_bytes"
         ) from error
-
-
-def slots_for(tokens: int) -> int:
-    """Cache slots of a row for so many tokens: a power of two up to 4,096, then a multiple of 4,096."""
-    if tokens > _KEPT_SLOTS:
-        return -(-tokens // _KEPT_SLOTS) * _KEPT_SLOTS
-    return max(_SMALLEST_SLOTS, 1 << (tokens - 1).bit_length())
-
-
-def encode_tokens(tokens: int) -> int:
-    """How many tokens are encoded in one call at most where the context ends after `tokens`."""
-    return max(64, _MOST_SCORES // slots_for(tokens) // 64 * 64)

@@ -16,8 +16,24 @@ import numpy.typing as npt
 from dgemma_runtime.contract import SLIDING, CommitRow, DenoiseRow, EncodeRow, ModelSpec, SequencePages
 from dgemma_runtime.engines.ort_pages import PagePools, RowCaches, RowContent
 
+SMALLEST_SLOTS = 128  # of a row of caches
+KEPT_SLOTS = 4096  # longer rows are given back when nobody is in them
+_MOST_SCORES = 2**25  # of one head in one encode call: it bounds what a long prompt takes beside its context
+
 Array = npt.NDArray[Any]
 Arrays = dict[str, Array]
+
+
+def slots_for(tokens: int) -> int:
+    """Cache slots of a row for so many tokens: a power of two up to 4,096, then a multiple of 4,096."""
+    if tokens > KEPT_SLOTS:
+        return -(-tokens // KEPT_SLOTS) * KEPT_SLOTS
+    return max(SMALLEST_SLOTS, 1 << (tokens - 1).bit_length())
+
+
+def encode_tokens(tokens: int) -> int:
+    """How many tokens are encoded in one call at most where the context ends after `tokens`."""
+    return max(64, _MOST_SCORES // slots_for(tokens) // 64 * 64)
 
 
 class Rows:
