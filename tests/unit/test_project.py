@@ -37,9 +37,9 @@ FROM_TRITON = {"triton_python_backend_utils", "c_python_backend_utils"}  # provi
 
 # Which extras each package may import from: what the extra's users have installed.
 EXTRAS = {
-    "dgemma_build": {"build", "client", "serve", "oracle", "rtx", "bench", "kernels", "tensorrt"},
+    "dgemma_build": {"build", "client", "serve", "oracle", "rtx", "bench", "kernels", "tensorrt", "otel"},
     "dgemma_client": {"client"},
-    "dgemma_runtime": {"serve", "tensorrt"},
+    "dgemma_runtime": {"serve", "otel", "tensorrt"},
 }
 
 
@@ -155,6 +155,7 @@ def test_the_import_rules_hold(sources: Path) -> None:
         ("dgemma_runtime/engines/tensorrt.py", "import cuda.bindings.runtime"),
         ("dgemma_runtime/engines/cuda.py", "import tensorrt_rtx"),
         ("dgemma_runtime/service.py", "import triton_python_backend_utils"),
+        ("dgemma_runtime/service.py", "import opentelemetry.trace"),
         ("dgemma_runtime/contract.py", "import dgemma_client.errors"),
         ("dgemma_client/client.py", "import dgemma_runtime.errors"),
         ("dgemma_build/graph.py", "import dgemma_runtime.sampler"),
