@@ -17,7 +17,9 @@ from dgemma_runtime.engines.emulated_cuda import EmulatedCuda, Status
 from dgemma_runtime.engines.emulated_tensorrt import EmulatedTensorRt
 from dgemma_runtime.engines.factory import open_engine
 from dgemma_runtime.engines.tensorrt import ENGINE_FILE
-from dgemma_runtime.errors import ConfigurationError, DGemmaError, EngineError, ManifestError
+from dgemma_runtime.errors import ConfigurationError, DGemmaError, EngineError, EngineMemoryError, ManifestError
+from dgemma_runtime.host_memory import AvailableMemory
+from dgemma_runtime.memory_plan import MemoryPlan, plan_device_memory
 from dgemma_runtime.settings import RuntimeSettings
 
 if TYPE_CHECKING:
@@ -99,8 +101,11 @@ def run(harness: Harness, context: int = 50) -> None:
     harness.denoise(sequences)
     harness.leave(sequences[2])
     harness.encode([sequences[2]], [5])
-    for _ in range(3):
+    for turn in range(4):
         harness.denoise(sequences)
+        slot = 1 + turn % 2
+        harness.denoise({3 - slot: sequences[3 - slot]}, {slot: sequences[slot]})
+        harness.check_pages(sequences[slot])
     for sequence in sequences.values():
         harness.end(sequence)
 
@@ -244,6 +249,52 @@ def test_what_tensorrt_refuses_is_told_in_its_words(machine: Machine, method: st
     machine.close(harness.engine)
 
 
+# ---------------------------------------------------------------- memory
+
+
+def test_a_graph_for_which_there_is_no_memory_is_said_once_and_not_needed(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    harness = machine.open()
+    sequences = {slot: harness.prefilled(10 + slot) for slot in range(2)}
+    machine.cuda.failing["cudaGraphInstantiate"] = Status.cudaErrorMemoryAllocation
+    for _ in range(4):
+        harness.denoise(sequences)
+    assert machine.cuda.calls.count("cudaGraphInstantiate") == machine.cuda.calls.count("cudaGraphDestroy") == 1
+    assert sum("runs without being captured" in record.message for record in caplog.records) == 1
+    machine.close(harness.engine)
+
+
+def test_no_memory_for_a_context_changes_nothing(machine: Machine) -> None:
+    """TensorRT says so in words only."""
+    harness = machine.open()
+    sequences = {slot: harness.prefilled(10 + slot) for slot in range(2)}
+    harness.denoise(sequences)
+    machine.library.words = "[api.cpp::createContext::9] Error Code 2: OutOfMemory (Requested size was 1 bytes.)"
+    machine.library.refuses.add("create_execution_context")
+    for _ in range(2):
+        with pytest.raises(EngineMemoryError, match=r"TensorRT's execution contexts need more bytes, .* are free"):
+            harness.denoise({0: sequences[0]}, {1: sequences[1]})
+    machine.library.refuses.clear()
+    harness.denoise({0: sequences[0]}, {1: sequences[1]})
+    harness.denoise(sequences)
+    machine.close(harness.engine)
+
+
+def test_no_page_locked_memory_changes_nothing(machine: Machine) -> None:
+    harness = machine.open()
+    sequences = {slot: harness.prefilled(length) for slot, length in enumerate((10, 11, 200))}
+    shorter = {slot: sequences[slot] for slot in range(2)}
+    harness.denoise(shorter)
+    machine.cuda.failing["cudaMallocHost"] = Status.cudaErrorMemoryAllocation
+    with pytest.raises(EngineMemoryError, match="results of cudaMallocHost need more bytes"):
+        harness.denoise(sequences)
+    harness.denoise(shorter)
+    machine.cuda.failing.clear()
+    harness.denoise(sequences)
+    machine.close(harness.engine)
+
+
 # ---------------------------------------------------------------- engines that are not for this machine
 
 
@@ -294,15 +345,32 @@ def test_a_truncated_engine(machine: Machine) -> None:
     machine.refuse(ManifestError, ENGINE_FILE, "SHA-256 is")
 
 
+@pytest.fixture
+def planned_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if others had taken the memory since it was planned."""
+
+    def plan(weights: int, manifest: Manifest, settings: RuntimeSettings, _: AvailableMemory) -> MemoryPlan:
+        return plan_device_memory(weights, manifest, settings, AvailableMemory(2**40, "then"))
+
+    monkeypatch.setattr("dgemma_runtime.engines.factory.plan_device_memory", plan)
+
+
 @pytest.mark.parametrize("size", [5000, 100_000, 600_000])
+@pytest.mark.usefixtures("planned_earlier")
 def test_too_little_memory(machine: Machine, size: int) -> None:
     machine.cuda = machine.library.cuda = EmulatedCuda(memory_bytes=size)
     machine.refuse(ConfigurationError, "the GPU has too little memory", "are free; lower kv_memory_bytes")
 
 
+@pytest.mark.usefixtures("planned_earlier")
 def test_weights_that_are_larger_than_the_memory(machine: Machine) -> None:
     machine.cuda = EmulatedCuda(memory_bytes=5)
     machine.refuse(ConfigurationError, "the weights need 9 bytes, 5 are free")
+
+
+def test_a_memory_plan_that_does_not_fit(machine: Machine) -> None:
+    machine.cuda = EmulatedCuda(memory_bytes=600_000)
+    machine.refuse(ConfigurationError, "(700 tokens) does not fit: it needs", "free memory of GPU 1, An Emulated GPU")
 
 
 def test_bindings_that_differ(machine: Machine) -> None:

@@ -37,6 +37,7 @@ class EmulatedTensorRt:
         self.cuda, self.bindings, self.rtx = cuda, bindings, rtx
         self.capturable = True
         self.refuses: set[str] = set()  # methods of an execution context that say no
+        self.words = "no context today"  # where no context can be made
         self.alive: weakref.WeakSet[_Engine | _Context] = weakref.WeakSet()
         self.configs: list[Any] = []  # of TensorRT for RTX, all that were ever made
         self.ILogger = _Logger
@@ -94,7 +95,7 @@ class _Engine:
         strategy = how.strategy if self.library.rtx else how
         assert strategy == "user managed"
         if "create_execution_context" in self.library.refuses:
-            self.log.log(_Logger.ERROR, "no context today")
+            self.log.log(_Logger.ERROR, self.library.words)
             return None
         context = _RtxContext(self) if self.library.rtx else _Context(self)
         self.library.alive.add(context)

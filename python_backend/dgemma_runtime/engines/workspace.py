@@ -96,7 +96,7 @@ class _Call:
                 self._graph = self._workspace.shared.memory.device.capture(self._step)
             except OutOfMemory as error:
                 self._capture = False
-                _log.warning("a step runs without being captured, more slowly: %s", error)
+                _log.warning("a step runs without being captured, more slowly: %s", str(error))
         return self._graph
 
     def _step(self) -> None:
