@@ -18,7 +18,7 @@ from dgemma_runtime.service import Service
 
 _log = logging.getLogger(__name__)
 _INTERVAL_S = 0.5
-_STOP_S = 5.0
+_STOP_S = 2.0
 
 
 class MetricsPublisher:

@@ -16,7 +16,7 @@ from dgemma_runtime.process_settings import ProcessSettings
 from dgemma_runtime.tracing import TraceObserver
 
 _log = logging.getLogger(__name__)
-_CLOSE_S = 3.0
+_CLOSE_S = 1.0
 
 
 class Observability:

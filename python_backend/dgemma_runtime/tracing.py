@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TRACE_PARAMETERS = ("traceparent", "tracestate")  # of W3C Trace Context; Triton forwards the headers under these names
 _SCOPE = "dgemma_runtime"
-_CLOSE_S = 3.0  # an exporter whose collector is away may take longer to give up
+_CLOSE_S = 1.0  # an exporter whose collector is away takes longer to give up, and Triton leaves a model few seconds
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _caller: ContextVar[Mapping[str, str]] = ContextVar("caller", default={})  # noqa: B039 - nobody writes to it
 
@@ -68,7 +68,10 @@ class _Trace:
 
 
 class TraceObserver(Observer):
-    """Collects moments; `deferred` makes the spans. Hooks of one request are called one after the other."""
+    """Collects moments; `deferred` makes the spans.
+
+    A request that was ended from outside of the engine's thread may still be reported on; that is left out.
+    """
 
     def __init__(self, provider: TracerProvider, deferred: Deferred) -> None:
         self._provider, self._deferred = provider, deferred
@@ -91,12 +94,12 @@ class TraceObserver(Observer):
         self._live[request] = _Trace(_caller.get(), request.timeline.submitted)
 
     def admitted(self, request: LiveRequest) -> None:
-        trace = self._live[request]
-        trace.parts.append(_Part("queue", trace.waiting_since, time.monotonic_ns(), {}))
-        trace.waiting_since = 0
+        if trace := self._live.get(request):
+            trace.parts.append(_Part("queue", trace.waiting_since, time.monotonic_ns(), {}))
+            trace.waiting_since = 0
 
     def prefilled(self, request: LiveRequest, tokens: int, started: int, ended: int) -> None:
-        parts = self._live[request].parts
+        parts = self._parts(request)
         if parts and parts[-1].name == "prefill":
             parts[-1].ended = ended
             parts[-1].attributes["dgemma.tokens"] += tokens
@@ -105,17 +108,16 @@ class TraceObserver(Observer):
             parts.append(_Part("prefill", started, ended, {"dgemma.tokens": tokens, "dgemma.chunks": 1}))
 
     def committed(self, request: LiveRequest, steps: int, tokens: int, started: int, ended: int) -> None:
-        parts = self._live[request].parts
         figures = {"dgemma.canvas": request.canvas_index, "dgemma.steps": steps, "dgemma.tokens": tokens}
-        parts.append(_Part(f"canvas {request.canvas_index}", started, ended, figures))
+        self._parts(request).append(_Part(f"canvas {request.canvas_index}", started, ended, figures))
 
     def encoded(self, request: LiveRequest, started: int, ended: int) -> None:
-        self._live[request].parts.append(_Part("commit", started, ended, {}))
+        self._parts(request).append(_Part("commit", started, ended, {}))
 
     def preempted(self, request: LiveRequest) -> None:
-        trace = self._live[request]
-        trace.waiting_since = time.monotonic_ns()
-        trace.preemptions.append(trace.waiting_since)
+        if trace := self._live.get(request):
+            trace.waiting_since = time.monotonic_ns()
+            trace.preemptions.append(trace.waiting_since)
 
     def finished(self, request: LiveRequest, event: Finished) -> None:
         now = time.monotonic_ns()
@@ -126,6 +128,10 @@ class TraceObserver(Observer):
             figures = {"dgemma.canvas": request.canvas_index, "dgemma.steps": request.canvas.step}
             trace.parts.append(_Part(f"canvas {request.canvas_index}", request.timeline.canvas_started, now, figures))
         self._deferred.call(lambda: self._export(request, trace, event, now))
+
+    def _parts(self, request: LiveRequest) -> list[_Part]:
+        trace = self._live.get(request)
+        return [] if trace is None else trace.parts
 
     # ------------------------------------------------------------ spans
 

@@ -22,8 +22,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from dgemma_runtime.deferred import Deferred
 from dgemma_runtime.errors import ConfigurationError
+from dgemma_runtime.observer import Observer
+from dgemma_runtime.observers import Observers
 from dgemma_runtime.parameters import default_parameters, parse_parameters
-from dgemma_runtime.requests import GenerationRequest
+from dgemma_runtime.requests import GenerationRequest, LiveRequest
 from dgemma_runtime.service import Service
 from dgemma_runtime.testing import EOS, Recorder, gated, scripted_engine, small_settings, tiny_codec
 from dgemma_runtime.tracing import TraceObserver, called_with
@@ -54,7 +56,7 @@ def end(observer: TraceObserver) -> None:
     observer.close()
 
 
-def serve(observer: TraceObserver, engine: Any = None, **settings: int) -> Service:
+def serve(observer: Observer, engine: Any = None, **settings: int) -> Service:
     service = Service(engine or scripted_engine(ANSWERS), tiny_codec(), small_settings(**settings), DEFAULTS, observer)
     service.start()
     return service
@@ -210,6 +212,29 @@ def test_a_preemption_is_an_event_and_a_second_wait(observer: TraceObserver, exp
     assert events == ["preempted"] * preempted
     queues = [span for span in exporter.get_finished_spans() if span.name == "queue"]
     assert len(queues) == len(roots) + preempted
+
+
+def test_reports_on_a_request_that_has_ended_are_left_out(
+    observer: TraceObserver, exporter: InMemorySpanExporter
+) -> None:
+    requests: list[LiveRequest] = []
+
+    class Keeping(Observer):
+        def submitted(self, request: LiveRequest) -> None:
+            requests.append(request)
+
+    service = serve(Observers([Keeping(), observer]))
+    ask(service, "one").finished()
+    service.stop()
+    (request,) = requests
+    observer.admitted(request)
+    observer.prefilled(request, 1, 2, 3)
+    observer.committed(request, 1, 1, 2, 3)
+    observer.encoded(request, 2, 3)
+    observer.preempted(request)
+    end(observer)
+    assert len([span for span in exporter.get_finished_spans() if span.name == "generate"]) == 1
+    assert observer._live == {}
 
 
 # ---------------------------------------------------------------- a collector on loopback
