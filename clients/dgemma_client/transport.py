@@ -3,12 +3,17 @@
 One request per stream: the asyncio stubs hide Triton's empty final response, so the end of the stream is completion.
 An error of the model comes as a message without a status, and its kind is told from the message. Triton would send a
 status if asked to by the header `triton_grpc_error`; but then errors make it use freed memory, and 2.51 dies of that
-within some hundred refusals (`make stress` found it).
+within some hundred refusals (`make stress` found it). So gRPC's own retries, which go by status, never come to pass.
+
+After an error the stream is read to its end. One that is cancelled there leaves a request behind in Triton, which can
+then neither unload the model nor stop before its exit timeout.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
@@ -38,9 +43,9 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),  # a restarted server is found again at once
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
-MAX_RETRIES = 4
 _FIRST_PAUSE_S = 0.5  # before a request is sent again; each further one is twice as long
 _PROBE_S = 2.0
+_LAST_READ_S = 1.0  # from an error to the end of its stream, which follows at once
 _BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.CANCELLED: Cancelled,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
@@ -90,13 +95,14 @@ class Transport(Protocol):
 class GrpcTransport:
     """Triton's gRPC endpoint at `host:port`; give `credentials` for TLS.
 
-    `retries` is how often gRPC itself sends a request again that ended as UNAVAILABLE (the queue is full, the server
-    restarts) before its first response; after that never. It waits about 0.5, 1, 2 and 4 s, within the request's time.
+    `retries` is how often a request is sent again for which the server was too busy or not there; never after its first
+    response. Before that it waits as long as the server asks for, else about 0.5 s, 1 s, 2 s and so on. Where the
+    request's time is too short for the wait, the error stands.
     """
 
     def __init__(self, url: str, credentials: grpc.ChannelCredentials | None = None, *, retries: int = 0) -> None:
-        if not 0 <= retries <= MAX_RETRIES:
-            raise InvalidRequest(f"retries: {retries} is outside of 0 to {MAX_RETRIES}")
+        if retries < 0:
+            raise InvalidRequest(f"retries: {retries} is below 0")
         self._url, self._retries = url, retries
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(url, options=_CHANNEL_OPTIONS)
@@ -108,19 +114,21 @@ class GrpcTransport:
         self, request: InferRequest, timeout_s: float, connect_timeout_s: float
     ) -> AsyncGenerator[Outputs]:
         message = encode(request.model, request.request_id, request.inputs)
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        now = asyncio.get_running_loop().time
+        deadline = now() + timeout_s
         for attempt in range(self._retries + 1):
-            left_s, answered = deadline - asyncio.get_running_loop().time(), False
+            answered = False
             try:
-                async with aclosing(self._once(message, left_s, connect_timeout_s)) as responses:
+                async with aclosing(self._once(message, deadline - now(), connect_timeout_s)) as responses:
                     async for outputs in responses:
                         answered = True
                         yield outputs
                 return
-            except (Overloaded, ConnectError):
-                if answered or attempt == self._retries:
+            except (Overloaded, ConnectError) as error:
+                pause_s = _pause_s(error, attempt)
+                if answered or attempt == self._retries or pause_s > deadline - now():
                     raise
-            await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
+            await asyncio.sleep(pause_s)
 
     async def _once(self, message: Any, timeout_s: float, connect_timeout_s: float) -> AsyncGenerator[Outputs]:
         """The responses to one attempt."""
@@ -130,6 +138,7 @@ class GrpcTransport:
             call = self._stub.ModelStreamInfer(_only(message), timeout=timeout_s)
             async for response in call:
                 if response.error_message:
+                    await _read_to_end(call)
                     raise _refusal(response.error_message)
                 yield decode(response.infer_response)
         except grpc.aio.AioRpcError as error:
@@ -198,6 +207,20 @@ class GrpcTransport:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
             return InvalidRequest(details)  # retrying would not help
         return _BY_STATUS.get(code, ServerError)(details)
+
+
+def _pause_s(error: Overloaded | ConnectError, attempt: int) -> float:
+    hint_s = error.retry_after_s if isinstance(error, Overloaded) else None
+    pause_s = _FIRST_PAUSE_S * 2**attempt if hint_s is None else hint_s
+    return pause_s * random.uniform(0.8, 1.2)  # so that not all come back at once
+
+
+async def _read_to_end(call: Any) -> None:
+    """Ignores what still comes."""
+    with contextlib.suppress(TimeoutError, grpc.aio.AioRpcError):
+        async with asyncio.timeout(_LAST_READ_S):
+            async for _ in call:
+                pass
 
 
 async def _only(message: Any) -> AsyncIterator[Any]:

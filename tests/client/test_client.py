@@ -114,10 +114,9 @@ async def test_a_busy_server_s_hint_is_a_number(message: str, seconds: float | N
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("retries", [-1, 5])
-async def test_retries_have_a_range(retries: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"retries: {retries} is outside of 0 to 4"):
-        Client(retries=retries)
+async def test_retries_have_a_range() -> None:
+    with pytest.raises(InvalidRequest, match="retries: -1 is below 0"):
+        Client(retries=-1)
     with pytest.raises(InvalidRequest, match="retries: 1 are for the client's own transport"):
         Client(retries=1, transport=MockTransport(reply()))
 
