@@ -129,7 +129,13 @@ class TensorRtEngine:
         shape = (len(rows), self.spec.canvas_length)
         argmax, sampled = np.empty(shape, np.int32), np.empty(shape, np.int32)
         entropies = np.empty(shape, np.float32)
-        batches = self._with_room(lambda: self._prepare(rows, commits))
+        new = [row.slot for row in rows if row.first_step] + [row.slot for row in commits if not self._has_canvas(row)]
+        try:
+            batches = self._with_room(lambda: self._prepare(rows, commits))
+        except EngineMemoryError:
+            for slot in new:
+                self.release(slot)
+            raise
         places = [batch.workspace.run(batch.rows, batch.commits) for batch in batches]
         self._device.synchronize()
         for batch, chosen in zip(batches, places, strict=True):
