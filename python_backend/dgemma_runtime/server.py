@@ -49,6 +49,7 @@ def run(
     gpu: Annotated[int | None, typer.Option(help="Number of the GPU, for an engine that needs one.")] = None,
     cuda_graphs: Annotated[bool, typer.Option(help="Replay captured denoising steps, on a GPU.")] = True,
     warm_up: Annotated[bool, typer.Option(help="Run a short generation before the model is ready.")] = True,
+    log_level: Annotated[str, typer.Option(help="Of the model's log: DEBUG, INFO, WARNING or ERROR.")] = "INFO",
     log_format: Annotated[str, typer.Option(help="Of the model's log: text, or json, an object per line.")] = "text",
     traces: Annotated[bool, typer.Option(help="Export OpenTelemetry spans as the OTEL_* variables say.")] = False,
     model_repository: Annotated[Path | None, typer.Option(help="Default: that of the source tree.")] = None,
@@ -74,7 +75,13 @@ def run(
         "gpu": gpu,
         "cuda_graphs": cuda_graphs,
     }
-    process = {"warm_up": warm_up, "log_format": log_format, "traces": traces, "step_timeout_s": step_timeout}
+    process = {
+        "warm_up": warm_up,
+        "log_level": log_level,
+        "log_format": log_format,
+        "traces": traces,
+        "step_timeout_s": step_timeout,
+    }
     chosen: dict[str, Any] = {name: value for name, value in runtime.items() if value is not None}
     options = ServerOptions(
         host=host,
