@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -35,6 +35,7 @@ from dgemma_runtime.contract import (
     file_sha256,
 )
 from dgemma_runtime.engines.onnxruntime import MODEL_FILE, OnnxRuntimeEngine
+from dgemma_runtime.engines.ort_rows import Rows
 from dgemma_runtime.engines.tensorrt import TensorRtEngine
 from dgemma_runtime.noise import CanvasNoise
 from dgemma_runtime.parameters import GenerationParameters, default_parameters
@@ -151,10 +152,10 @@ class _OnnxRuntime(OnnxRuntimeEngine):
         assert self._found is not None
         return result, self._found
 
-    def _run(self, buffers: Any, rows: int) -> None:
-        binding = buffers.binding(self._session, rows)
+    def _call(self, rows: Rows, count: int, length: int, canvases: int) -> None:
+        binding = self._bound(rows, count, length, canvases)
         binding.bind_output(_PROBABILITIES, "cpu")
-        super()._run(buffers, rows)
+        super()._call(rows, count, length, canvases)
         self._found = binding.get_outputs()[-1].numpy()
 
 

@@ -130,15 +130,16 @@ def json_line(cells: Sequence[Cell], environment: Environment) -> str:
         "cells": [asdict(cell) for cell in cells],
         "ratios": [asdict(ratio) for ratio in ratios(cells)],
     }
-    return json.dumps(_rounded(content))
+    return json.dumps(rounded(content))
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Every number in it to five digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def plot(cells: Sequence[Cell], environment: Environment, path: Path) -> None:

@@ -80,12 +80,9 @@ class OnnxRuntimeEngine:
         check_manifest(directory, self.manifest)
         self.limits = limits
         self.spec = self.manifest.model
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
         try:
             self._session = ort.InferenceSession(
-                str(directory / MODEL_FILE), options, providers=["CPUExecutionProvider"]
+                str(directory / MODEL_FILE), self._options(threads), providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the library raises a dozen types without a common base
             raise ManifestError(f"{directory / MODEL_FILE}: onnxruntime cannot load it: {error}") from error
@@ -93,6 +90,12 @@ class OnnxRuntimeEngine:
         self._encoders: list[EncodeRows] = []  # the one used last is the last
         self._workspaces: list[Workspace] = []
         self._where: dict[int, Workspace] = {}  # canvas slot -> its workspace
+
+    def _options(self, threads: int) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        return options
 
     # ------------------------------------------------------------ encode
 
@@ -237,17 +240,22 @@ class OnnxRuntimeEngine:
 
     def _call(self, rows: Rows, count: int, length: int, canvases: int) -> None:
         """One pass over the first `count` rows."""
-        key = (count, length, canvases)
-        if key not in rows.bindings:
-            rows.bindings[key] = self._binding(*rows.bound(count, length, canvases))
+        binding = self._bound(rows, count, length, canvases)
         try:
-            self._session.run_with_iobinding(rows.bindings[key])
+            self._session.run_with_iobinding(binding)
         except MemoryError:
             raise
         except Exception as error:  # see __init__
             if _NO_MEMORY.search(str(error)):
                 raise MemoryError(str(error)) from error
             raise EngineError(f"onnxruntime failed: {error}") from error
+
+    def _bound(self, rows: Rows, count: int, length: int, canvases: int) -> ort.IOBinding:
+        """Made once for each shape of a call."""
+        key = (count, length, canvases)
+        if key not in rows.bindings:
+            rows.bindings[key] = self._binding(*rows.bound(count, length, canvases))
+        return rows.bindings[key]
 
     def _binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> ort.IOBinding:
         binding = self._session.io_binding()
