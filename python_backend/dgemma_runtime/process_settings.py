@@ -33,7 +33,7 @@ class ProcessSettings:
     log_level: str = "INFO"  # of the runtime's own log on stderr
     log_format: str = "text"  # of the same: text, or json for one object per line
     traces: bool = False  # OpenTelemetry spans per request, exported as the OTEL_* variables say
-    drain_file: Path | None = None  # when it appears: end all requests within the seconds in it
+    drain_file: Path | None = None  # when it appears: end all requests within the seconds in it, then remove it
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
     failure_file: Path | None = None  # takes the reason where the model does not load, or its engine has failed
     heartbeat_file: Path | None = None  # its modification time shows that this process runs
@@ -101,6 +101,11 @@ class ProcessSettings:
             return None
         except (OSError, ValueError):
             return 0.0
+
+    def drained(self) -> None:
+        """Tell whoever asked for it that every request has its last response."""
+        if self.drain_file is not None:
+            self.drain_file.unlink(missing_ok=True)
 
     @staticmethod
     def from_environment(environment: Mapping[str, str]) -> ProcessSettings:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -150,8 +151,14 @@ class TritonBackend:
                 self._withdraw(service.failure)
                 return
             if self._drainer is None and (grace_s := self._settings.drain_request()) is not None:
-                self._drainer = threading.Thread(target=self._stop, args=(grace_s,), name="drainer", daemon=True)
+                self._drainer = threading.Thread(target=self._drain, args=(grace_s,), name="drainer", daemon=True)
                 self._drainer.start()
+
+    def _drain(self, grace_s: float) -> None:
+        self._stop(grace_s)
+        while self._live:
+            time.sleep(_WATCH_S)
+        self._settings.drained()
 
     def _stop(self, grace_s: float) -> None:
         self._watchdog.expect_end()

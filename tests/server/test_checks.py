@@ -115,7 +115,16 @@ def test_the_stub_finds_its_libraries(tmp_path: Path) -> None:
 
 def test_settings_survive_the_environment() -> None:
     settings = ProcessSettings(
-        Path("/engine"), False, "DEBUG", Path("/drain"), RuntimeSettings(max_model_len=100, threads=2), Path("/why")
+        Path("/engine"),
+        warm_up=False,
+        log_level="DEBUG",
+        log_format="json",
+        traces=True,
+        drain_file=Path("/drain"),
+        runtime=RuntimeSettings(max_model_len=100, threads=2),
+        failure_file=Path("/why"),
+        heartbeat_file=Path("/beat"),
+        step_timeout_s=1.5,
     )
     assert ProcessSettings.from_environment({SETTINGS_VARIABLE: settings.to_json()}) == settings
     minimal = ProcessSettings.from_environment({SETTINGS_VARIABLE: '{"engine": "/engine"}'})
@@ -137,6 +146,8 @@ def test_settings_survive_the_environment() -> None:
         ('{"engine": "/e", "log_level": "LOUD"}', "log_level must be DEBUG, INFO, WARNING or ERROR, got 'LOUD'"),
         ('{"engine": "/e", "drain_file": 1}', "drain_file must be a path, got 1"),
         ('{"engine": "/e", "failure_file": 1}', "failure_file must be a path, got 1"),
+        ('{"engine": "/e", "step_timeout_s": 0}', "step_timeout_s must be a number of seconds above 0, got 0"),
+        ('{"engine": "/e", "step_timeout_s": true}', "step_timeout_s must be a number of seconds above 0, got True"),
     ],
 )
 def test_wrong_settings_are_named(text: str | None, message: str) -> None:
