@@ -1,6 +1,6 @@
 """Counts what the service does, in memory, in about a microsecond per event. Knows no Triton and publishes nothing.
 
-`metrics_publisher.py` reads it a few times per second: telling Triton of a number takes a message to another process,
+`metrics_publisher.py` reads it once a second: telling Triton of a number takes a message to another process,
 which the engine thread must never wait for.
 """
 

@@ -1,12 +1,13 @@
 """Tells Triton's metrics endpoint what was counted, from a thread of its own. Knows of Triton only its family class.
 
-A call to Triton crosses to another process and back (about 20 us of two cores), whatever it carries. So changes are
-summed and sent twice a second, and a histogram is sent as counters: its cost is then the same at any load, where
-Triton's own histograms take a call per observation.
+A call to Triton crosses to another process and back, whatever it carries. So changes are summed and sent in rounds, and
+a histogram is sent as counters: the cost is then the same at any load, where Triton's own histograms take a call per
+observation.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from typing import Any
@@ -17,7 +18,8 @@ from dgemma_runtime.metrics import Metrics, Series, gauges
 from dgemma_runtime.service import Service
 
 _log = logging.getLogger(__name__)
-_INTERVAL_S = 0.5
+_GAUGES_S = 0.25  # routers choose by them
+_COUNTERS_EVERY = 4  # rounds of gauges
 _STOP_S = 2.0
 
 
@@ -49,7 +51,7 @@ class MetricsPublisher:
         self._sent = self._metrics.counters(self._service.statistics())
         for series in self._sent:
             self._metric(series)
-        self._publish()
+        self._publish(counters=False)
         self._thread.start()
 
     def stop(self) -> None:
@@ -77,18 +79,19 @@ class MetricsPublisher:
         return self._series[series]
 
     def _run(self) -> None:
-        ending = False
-        while not ending:
-            ending = self._stopping.wait(_INTERVAL_S)
+        for round_ in itertools.count(1):
+            ending = self._stopping.wait(_GAUGES_S)
             try:
-                self._publish()
+                self._publish(counters=ending or round_ % _COUNTERS_EVERY == 0)
             except Exception:  # noqa: BLE001 - Triton's own type; the next round sends what this one did not
                 _log.exception("metrics could not be published")
+            if ending:
+                return
 
-    def _publish(self) -> None:
+    def _publish(self, counters: bool) -> None:
         service = self._service
         statistics = service.statistics()
-        for series, value in self._metrics.counters(statistics).items():
+        for series, value in (self._metrics.counters(statistics) if counters else {}).items():
             sent = self._sent.get(series, 0.0)
             if value > sent:  # a time that is a difference of two clocks may step back by a hair
                 self._metric(series).increment(value - sent)

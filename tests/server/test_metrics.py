@@ -96,7 +96,7 @@ def scrape(server: RunningServer) -> Numbers:
 
 
 def eventually(server: RunningServer, condition: Callable[[Numbers], bool]) -> Numbers:
-    """The numbers once they are so; they are half a second old at most."""
+    """The numbers once they are so; they are a second old at most."""
     end = time.monotonic() + 10
     while not condition(numbers := scrape(server)):
         assert time.monotonic() < end, {

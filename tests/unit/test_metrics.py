@@ -276,7 +276,7 @@ def test_nothing_is_sent_while_nothing_changes(metrics: Metrics, service: Servic
     publishing = publisher(endpoint, metrics, service)
     publishing.start()
     calls = endpoint.calls
-    time.sleep(1.2)
+    time.sleep(1.3)
     assert endpoint.calls == calls
     publishing.stop()
 
