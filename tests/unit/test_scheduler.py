@@ -471,6 +471,30 @@ def test_with_a_seed_only_what_it_would_compute_itself_is_found() -> None:
     assert serve(scheduler, request(off, scheduler=scheduler, seed=1)).prefix_tokens == 60, "now they are exact"
 
 
+def exact_pages(scheduler: Scheduler, live: LiveRequest) -> list[int]:
+    """Which of a served request's complete pages are."""
+    assert live.keys
+    return [i for i, key in enumerate(live.keys.keys) if scheduler.full_pages.find(key, exact=True) is not None]
+
+
+def test_nothing_is_exact_behind_what_is_not() -> None:
+    scheduler = make(cache=True)
+    serve(scheduler, request(tokens(27), scheduler=scheduler))  # whole chunks up to 20: five pages
+    off = np.concatenate([tokens(27), tokens(120, start=900)])
+    assert exact_pages(scheduler, serve(scheduler, request(off, scheduler=scheduler))) == [0, 1, 2, 3, 4]
+    on = np.concatenate([off[:61], tokens(60, start=2000)])
+    later = serve(scheduler, request(on, scheduler=scheduler))
+    assert later.prefix_tokens == 60, "on the grid, and not exact"
+    assert exact_pages(scheduler, later) == [0, 1, 2, 3, 4]
+
+
+def test_a_seeded_request_s_window_is_kept_where_another_looks_for_it() -> None:
+    scheduler = make(cache=True, sliding=14)
+    for found in (0, 40):
+        assert serve(scheduler, request(tokens(47), 90, scheduler=scheduler, seed=1)).prefix_tokens == found
+        serve(scheduler, request(tokens(40, start=500 + found), scheduler=scheduler))  # takes what is not kept
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_request_ends_and_nothing_leaks(data: st.DataObject) -> None:
