@@ -78,7 +78,7 @@ def questions(longest: int) -> list[Question]:
             _question(f"{skill} {index}", [], example, seed) for index, example in enumerate(held_out_set(skill, 2))
         ]
     for number in range(2):
-        told = _conversation(number, longest + 1)
+        told = conversation(number, longest + 1)
         turn = 1
         while turn <= longest:
             found.append(_question(f"conversation {number} after {turn}", told[:turn], told[turn], seed=100 + turn))
@@ -111,7 +111,7 @@ def _question(name: str, told: list[Example], example: Example, seed: int) -> Qu
     return Question(name, chat(told, example.prompt), seed, max_tokens=192)
 
 
-def _conversation(number: int, turns: int) -> list[Example]:
+def conversation(number: int, turns: int) -> list[Example]:
     """Examples of all skills in turn; two conversations share none."""
     each = -(-turns // len(SKILLS))
     by_skill = [held_out_set(skill, each, seed=number) for skill in SKILLS]
