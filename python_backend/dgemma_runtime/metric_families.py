@@ -105,6 +105,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("dgemma_prefix_cache_evicted_pages_total", "counter", "pages", "Cached pages that made room"),
     # engine
     Family("dgemma_healthy", "gauge", "1 or 0", "1 while the engine thread lives and takes requests"),
+    Family(
+        "dgemma_updated_timestamp_seconds",
+        "gauge",
+        "seconds since 1970",
+        "When the gauges were sent; stands still while the model's process is gone",
+    ),
     Family("dgemma_engine_seconds_total", "counter", "seconds", "Time inside engine calls, by kind", "kind", WORK),
     Family("dgemma_host_seconds_total", "counter", "seconds", "The engine thread's time at work outside engine calls"),
     # names that others know

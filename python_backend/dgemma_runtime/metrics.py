@@ -7,6 +7,7 @@ which the engine thread must never wait for.
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
@@ -144,7 +145,7 @@ _FROM_STATISTICS: Mapping[str, Callable[[ServiceStatistics], float]] = {
 def gauges(
     statistics: ServiceStatistics, limits: EngineLimits, max_model_len: int, healthy: bool
 ) -> dict[Series, float]:
-    """What the service is doing at this moment."""
+    """What the service is doing now."""
     waiting, running = statistics.requests_waiting, statistics.requests_running
     used, full = statistics.full_pages_used, limits.full_pages
     nv_requests, nv_pages = "nv_trt_llm_request_metrics", "nv_trt_llm_kv_cache_block_metrics"
@@ -160,6 +161,7 @@ def gauges(
         ("dgemma_pages_cached", "full"): statistics.full_pages_idle,
         ("dgemma_pages_cached", "sliding"): statistics.sliding_pages_idle,
         ("dgemma_healthy", ""): float(healthy),
+        ("dgemma_updated_timestamp_seconds", ""): time.time(),
         (nv_requests, "waiting"): waiting,
         (nv_requests, "scheduled"): running,
         (nv_requests, "active"): waiting + running,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tests.server.conftest import Caller
 
 Numbers = dict[str, float]  # by name and own label, as `name{reason=stop}`
+UPDATED = "dgemma_updated_timestamp_seconds"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
 _OF_THE_MODEL = ("model", "version", "model_name")
@@ -229,7 +230,11 @@ def test_metrics_work_after_the_model_was_loaded_again(crash: bool, engine: Path
             eventually(server, lambda numbers, expected=expected: numbers["dgemma_canvases_total"] == expected)  # type: ignore[misc]
             if crash:
                 os.kill(_model_process(server), signal.SIGKILL)
+                last = scrape(server)[UPDATED]
+                time.sleep(0.8)  # three rounds
+                assert scrape(server)[UPDATED] == last
             _reload(server)
+            eventually(server, lambda numbers: abs(numbers[UPDATED] - time.time()) < 0.5)
         numbers = eventually(server, lambda numbers: numbers["dgemma_healthy"] == 1)
         assert numbers["vllm:num_requests_running"] == 0
 

@@ -271,14 +271,17 @@ def test_published_is_what_was_counted_since_the_start(metrics: Metrics, service
         assert endpoint.value(name, **labels) == pytest.approx(value - before[name, label]), name
 
 
-def test_nothing_is_sent_while_nothing_changes(metrics: Metrics, service: Service) -> None:
+def test_only_the_time_is_sent_while_nothing_changes(metrics: Metrics, service: Service) -> None:
     endpoint = Endpoint()
     publishing = publisher(endpoint, metrics, service)
     publishing.start()
-    calls = endpoint.calls
+    calls, before = endpoint.calls, dict(endpoint.values)
     time.sleep(1.3)
-    assert endpoint.calls == calls
     publishing.stop()
+    changed = {name for (name, labels), value in endpoint.values.items() if value != before[name, labels]}
+    assert changed == {"dgemma_updated_timestamp_seconds"}
+    assert 1 < endpoint.calls - calls <= 7
+    assert abs(endpoint.value("dgemma_updated_timestamp_seconds") - time.time()) < 5
 
 
 def test_what_could_not_be_sent_is_sent_the_next_time(
