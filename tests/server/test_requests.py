@@ -70,6 +70,7 @@ def test_prompts_of_all_kinds_are_the_same_prompt(caller: Caller) -> None:
 
 def test_stop_words_and_max_tokens(caller: Caller) -> None:
     assert caller.infer(text_input="long", stop_words=["zzz", ", and"]).text == "one canvas here"
+    assert caller.infer(text_input="short", sampling_parameters='{"stop": "\\ud800"}').text == "a reply", "never found"
     answer = caller.infer(text_input="long", max_tokens=20)
     assert (len(answer.output_ids), answer.last["finish_reason"]) == (20, "length")
 
@@ -156,7 +157,7 @@ def test_a_canvas_arrives_before_the_next_is_denoised(caller: Caller) -> None:
 
 
 def test_previews_come_on_request_only(caller: Caller) -> None:
-    answer = caller.infer(text_input="long", stream=True, stream_previews=True)
+    answer = caller.infer(text_input="long", stream=True, stream_previews=True, seed=1)
     previews = [response for response in answer.responses if "preview_output" in response]
     assert [(p["canvas_index"], p["canvas_steps"]) for p in previews] == [
         ([canvas], [step]) for canvas in range(3) for step in (1, 2, 3)
