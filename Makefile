@@ -61,8 +61,10 @@ check: .venv/.test-installed ## Lint, formatting, types and import rules
 stress: .venv/.test-installed $(ENGINE)/config.json ## Send a server many requests of every kind and check that nothing is lost
 	@$(BIN)/python -m dgemma_build.stress $(STRESS_ARGS)
 
-bench: .venv/.test-installed $(ENGINE)/config.json ## Compare engine and server with transformers: table, plot, one JSON line
+bench: .venv/.test-installed $(ENGINE)/config.json ## Beside transformers, over many requests, over context: tables, plots, JSON lines
 	@$(BIN)/python -m dgemma_build.bench $(BENCH_ARGS)
+	@$(BIN)/python -m dgemma_build.bench.concurrency $(BENCH_ARGS)
+	@$(BIN)/python -m dgemma_build.bench.context $(BENCH_ARGS)
 
 accept: .venv/.test-installed $(ENGINE)/config.json ## Measure every row of the acceptance table beside its bar
 	@$(BIN)/python -m dgemma_build.accept $(ACCEPT_ARGS)

@@ -7,13 +7,17 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from statistics import median
 from typing import Any
 
 import numpy as np
 import psutil
 
+from dgemma_build.accept.speed import faster
 from dgemma_build.accept.table import Result, Row, Setting
+from dgemma_build.bench import concurrency
+from dgemma_build.bench.concurrency import Point
 from dgemma_build.bench.worker import peak_memory_bytes
 from dgemma_build.stress.load import chat, conversation
 from dgemma_build.stress.report import by_manner
@@ -265,6 +269,31 @@ def _load(setting: Setting) -> Result:
     return Result(f"{requests}; {'; '.join(short) or 'everything holds'}", not short, details)
 
 
+# ---------------------------------------------------------------- throughput
+
+
+@cache
+def _points(setting: Setting) -> list[Point]:
+    """The benchmark of many requests at once; takes minutes."""
+    return concurrency.run(quick=False, say=lambda text: setting.console.print(f"[dim]{text}", highlight=False))
+
+
+def _found(setting: Setting, scenario: str, count: int) -> Point:
+    return next(point for point in _points(setting) if (point.scenario, point.concurrency) == (scenario, count))
+
+
+def _of_engine_alone(setting: Setting) -> Result:
+    found = [_found(setting, scenario, 8) for scenario in ("demo", "mid-size")]
+    figure = ", ".join(f"{point.of_engine_alone:.1%} ({point.scenario})" for point in found)
+    passed = all(point.of_engine_alone >= 0.9 for point in found)
+    return Result(figure, passed, {"points": [asdict(point) for point in _points(setting)]})
+
+
+def _beside_one(setting: Setting) -> Result:
+    one, eight = (_found(setting, "demo", count).tokens_per_second for count in (1, 8))
+    return Result(f"{eight / one:.2f}x ({eight:,.0f} and {one:,.0f} tokens/s)", eight >= 2 * one)
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         "second turn of a chat with an 8k prefix, over gRPC",
@@ -277,6 +306,9 @@ ROWS: tuple[Row, ...] = (
         "same tokens as alone; preempted at least once",
         _exhaustion,
     ),
+    Row("8 requests at once: of what the engine alone does on the same batches", "90%", _of_engine_alone, quick=False),
+    Row("8 requests at once beside one, demo", "at least 2x the tokens/s", _beside_one, quick=False),
+    faster("mid-size", 8, "transformers", 1.5),
     Row("running canvases while 64k tokens are prefilled", "median step at most 2x", _pace_beside_prefill, quick=False),
     Row(
         "64 clients of every kind for 2 minutes, with enough pages and with few",

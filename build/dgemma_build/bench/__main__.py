@@ -32,7 +32,11 @@ MID = Scenario(
     checkpoint=GENERATED / "checkpoints/mid",
     engine=GENERATED / "engines/mid",
     prompt_tokens=64,
-    levels=(Level(1, canvases=2, steps=4, rounds=3), Level(4, canvases=1, steps=4, rounds=2)),
+    levels=(
+        Level(1, canvases=2, steps=4, rounds=3),
+        Level(4, canvases=1, steps=4, rounds=2),
+        Level(8, canvases=1, steps=4, rounds=2, compiled=False),
+    ),
 )
 QUICK_LEVELS = {
     "demo": (Level(1, canvases=2, steps=8, rounds=2), Level(4, canvases=2, steps=8, rounds=2)),

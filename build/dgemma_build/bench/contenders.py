@@ -17,8 +17,9 @@ from dgemma_build.bench.worker import Worker, peak_memory_bytes
 from dgemma_client import Client, Result
 from dgemma_runtime.server import running_server
 
-MAX_BATCH_SIZE = 4
-MAX_MODEL_LEN = 8192  # tokens
+COMPILED = "transformers, compiled"
+# Prompts come again in every round, and are not to be found in a cache.
+SETTINGS: dict[str, Any] = {"max_batch_size": 8, "max_model_len": 8192, "prefix_cache": False}
 
 
 class Contender(Protocol):
@@ -42,7 +43,7 @@ class Transformers:
     schedules: tuple[str, ...] = ("one by one", "batch")
 
     def __init__(self, stack: ExitStack, checkpoint: Path, threads: int, compiled: bool) -> None:
-        self.name = "transformers, compiled" if compiled else "transformers"
+        self.name = COMPILED if compiled else "transformers"
         self._compiled = compiled
         module = "dgemma_build.bench.torch_worker"
         self._worker = stack.enter_context(Worker(module, threads, checkpoint=str(checkpoint)))
@@ -63,13 +64,7 @@ class InProcess:
 
     def __init__(self, stack: ExitStack, engine: Path, threads: int) -> None:
         self._worker = stack.enter_context(
-            Worker(
-                "dgemma_build.bench.engine_worker",
-                threads,
-                engine=str(engine),
-                max_batch_size=MAX_BATCH_SIZE,
-                max_model_len=MAX_MODEL_LEN,
-            )
+            Worker("dgemma_build.bench.engine_worker", threads, engine=str(engine), settings=SETTINGS)
         )
 
     def run(self, workload: Workload, schedule: str) -> Run:
@@ -87,9 +82,7 @@ class Server:
     schedules: tuple[str, ...] = ("continuous",)
 
     def __init__(self, stack: ExitStack, engine: Path, threads: int) -> None:
-        self._server = stack.enter_context(
-            running_server(engine, threads=threads, max_batch_size=MAX_BATCH_SIZE, max_model_len=MAX_MODEL_LEN)
-        )
+        self._server = stack.enter_context(running_server(engine, threads=threads, **SETTINGS))
         self._runner = stack.enter_context(asyncio.Runner())
         self._client = Client(self._server.grpc_url, timeout_s=600)
         stack.callback(lambda: self._runner.run(self._client.close()))

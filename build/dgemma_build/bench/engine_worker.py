@@ -47,12 +47,7 @@ def _start(message: Message) -> Any:
     stack = ExitStack()
     atexit.register(stack.close)
     service = stack.enter_context(
-        running_service(
-            Path(message["engine"]),
-            max_batch_size=message["max_batch_size"],
-            threads=message["threads"],
-            max_model_len=message["max_model_len"],
-        )
+        running_service(Path(message["engine"]), threads=message["threads"], **message["settings"])
     )
     return lambda request: _handle(service, request)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from dgemma_build.bench.contenders import Contender, InProcess, Server, Transformers
+from dgemma_build.bench.contenders import COMPILED, Contender, InProcess, Server, Transformers
 from dgemma_build.bench.scenario import Cell, Level, Run, Scenario, Workload
 
 Progress = Callable[[str], None]
@@ -27,7 +27,8 @@ def measure(scenario: Scenario, threads: int, compiled: bool, progress: Progress
         ]
         for level in scenario.levels:
             workload = scenario.workload(level, vocab_size, canvas_length)
-            cells += _measure_level(scenario.name, level, workload, contenders, progress)
+            chosen = [one for one in contenders if level.compiled or one.name != COMPILED]
+            cells += _measure_level(scenario.name, level, workload, chosen, progress)
     return cells
 
 

@@ -46,6 +46,7 @@ class Level:
     canvases: int  # per request
     steps: int  # per canvas
     rounds: int
+    compiled: bool = True  # also by transformers' torch.compile path
 
 
 @dataclass(frozen=True)
