@@ -58,10 +58,10 @@ _REFUSALS: dict[str, type[ClientError]] = {  # parts of messages without a statu
     "the engine failed": ServerError,
     "the queue is full": Overloaded,
     "the server is shutting down": Overloaded,
+    "no available versions": Overloaded,  # of a model that is being loaded again, "unknown model" before it
     "unknown model": InvalidRequest,
     "expected": InvalidRequest,
     "unexpected": InvalidRequest,
-    "no available versions": Overloaded,
     "not ready": Overloaded,
     "stopping": Overloaded,
     "maximum queue size": Overloaded,

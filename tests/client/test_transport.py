@@ -73,6 +73,7 @@ async def test_a_whole_answer() -> None:
         (Refusal("the server is shutting down; try again on another one, or when it is back"), Overloaded),
         (Refusal("the engine failed: RuntimeError: expected another shape"), ServerError),
         (Refusal("Request for unknown model: 'x' is not found"), InvalidRequest),
+        (Refusal("Request for unknown model: 'x' has no available versions"), Overloaded),  # it is loaded again
         (Refusal("[request id: 1] expected 1 inputs but got 0 inputs for model 'm'"), InvalidRequest),
         (Refusal("unexpected inference input 'zzz' for model 'm'"), InvalidRequest),
         (Refusal("Server is stopping, scheduler for model has stopped accepting new requests"), Overloaded),

@@ -51,7 +51,7 @@ def _streaming(setting: Setting) -> Result:
     canvas_length = Manifest.load(setting.engine("demo")).model.canvas_length
     with TemporaryDirectory() as folder:
         log = Path(folder) / "commits"
-        repository = _timed_repository(Path(folder) / "models", log)
+        repository = patched_repository(Path(folder) / "models", _TIMED.format(log=str(log)))
         options = ServerOptions(http_port=0, grpc_port=0, metrics_port=0, model_repository=repository)
         with running_server(setting.engine("demo"), options=options, threads=THREADS) as server:
             arrivals = asyncio.run(_arrivals(server.grpc_url, requests, canvas_length))
@@ -64,12 +64,12 @@ def _streaming(setting: Setting) -> Result:
     return Result(figure, early == requests and average <= BAR_MS, details)
 
 
-def _timed_repository(folder: Path, log: Path) -> Path:
-    """The model repository with `_TIMED` behind the model's file."""
+def patched_repository(folder: Path, code: str) -> Path:
+    """The model repository with `code` behind the model's file, in the new folder."""
     model, original = folder / MODEL_NAME, default_model_repository() / MODEL_NAME
     (model / "1").mkdir(parents=True)
     (model / "config.pbtxt").write_text((original / "config.pbtxt").read_text())
-    (model / "1/model.py").write_text((original / "1/model.py").read_text() + _TIMED.format(log=str(log)))
+    (model / "1/model.py").write_text((original / "1/model.py").read_text() + code)
     return folder
 
 
