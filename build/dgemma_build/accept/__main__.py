@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dgemma_build.accept import builds, many, parity, precisions, served, sizes, speed, streaming
+from dgemma_build.accept import builds, context, faults, many, parity, precisions, served, sizes, speed, streaming
 from dgemma_build.accept.table import Result, Row, Setting
 from dgemma_build.bench.__main__ import PLOT, RESULT, ROOT, THREADS
 from dgemma_build.bench.report import Environment, json_line, plot, table
@@ -25,6 +25,8 @@ ROWS: tuple[Row, ...] = (
     *builds.ROWS,
     *sizes.ROWS,
     *speed.ROWS,
+    *faults.ROWS,
+    *context.ROWS,
     *many.ROWS,
 )
 OUTPUT = ROOT / "benchmarks/accept.json"
