@@ -80,6 +80,7 @@ LITTLE = replace(
     contexts=(64,),
     step_contexts=(40,),
     canvases=2,
+    full_step=2,
     chunk=12,
     chunk_context=32,
     layers=2,

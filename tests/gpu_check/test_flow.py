@@ -17,6 +17,7 @@ from dgemma_build.gpu_check.measure import Bench
 from dgemma_build.gpu_check.report import Report, line, row_json
 from dgemma_build.gpu_check.results import Bar, Card, Check, Row, Work
 from dgemma_build.gpu_check.sizes import PRECISIONS, RELEASED, WHOLE, ModelSizes, Scope
+from dgemma_build.kernels.attention import paged_attention
 from dgemma_build.kernels.experts import grouped_experts
 
 CARD = Card(copy=2e12, read=3e12, bf16_flops=7e14, fp8_flops=1.4e15, launch_ms=0.004)
@@ -37,10 +38,10 @@ def test_the_whole_flow(machine: Machine, tiny: ModelSizes, little: Scope, tmp_p
         assert row.numbers_hold, row
         assert row.checks, row
     names = [row.name for row in report.rows]
-    assert names[: -2 * len(PRECISIONS)] == [case.name for case in all_cases(tiny, little)]
-    for precision in PRECISIONS:
-        assert f"step {precision}, 2 layers, 2 canvases" in names
-        assert f"step {precision}, 2 layers, 1 canvas behind 40" in names
+    steps = ["2 canvases and 1 commit", "1 canvas behind 40", "1 canvas and 1 commit behind 40"]
+    assert names == [case.name for case in all_cases(tiny, little)] + [
+        f"step {precision}, 2 layers, {step}" for precision in PRECISIONS for step in steps
+    ]
     held = json.loads(output.read_text())
     assert held["complete"] is True
     assert held["numbers_hold"] is True
@@ -100,7 +101,20 @@ def test_a_step_that_leaves_something_out_is_found(
 ) -> None:
     name = {"attention": "paged_attention", "experts": "grouped_experts"}[change]
     monkeypatch.setattr(f"dgemma_build.gpu_check.step.{name}", lambda x, *rest: torch.ones_like(x))
-    (row,) = Bench(machine, tiny, little, CARD).rows("step fp8, 2 layers, 2 canvases")
+    row = next(Bench(machine, tiny, little, CARD).rows("step fp8, 2 layers, 2 canvases and 1 commit"))
+    assert not next(check for check in row.checks if check.name == "hidden").holds
+
+
+def test_a_commit_taken_for_a_canvas_is_found(
+    machine: Machine, tiny: ModelSizes, little: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def everything_seen(*given: Any) -> torch.Tensor:
+        *others, is_canvas, window = given
+        arguments: list[Any] = [*others, torch.ones_like(is_canvas), window]
+        return paged_attention(*arguments)
+
+    monkeypatch.setattr("dgemma_build.gpu_check.step.paged_attention", everything_seen)
+    row = next(Bench(machine, tiny, little, CARD).rows("step bf16, 2 layers, 2 canvases and 1 commit"))
     assert not next(check for check in row.checks if check.name == "hidden").holds
 
 

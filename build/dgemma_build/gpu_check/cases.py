@@ -46,12 +46,12 @@ class Case:
 
 def all_cases(sizes: ModelSizes, scope: Scope) -> Iterator[Case]:
     for canvases in (1, scope.canvases):
-        name = f"head, {_canvases(canvases)}"
+        name = f"head, {in_words(canvases)}"
         yield Case(name, _head(sizes, canvases * sizes.canvas), SHARE_BAR if canvases == 1 else None)
     for precision in ("bf16", "fp8", "int4"):
         for tokens, text in (
-            (sizes.canvas, _canvases(1)),
-            (scope.canvases * sizes.canvas, _canvases(scope.canvases)),
+            (sizes.canvas, in_words(1)),
+            (scope.canvases * sizes.canvas, in_words(scope.canvases)),
             (scope.chunk, f"prefill of {scope.chunk:,}"),
         ):
             bar = SHARE_BAR if tokens == sizes.canvas else None
@@ -63,14 +63,15 @@ def all_cases(sizes: ModelSizes, scope: Scope) -> Iterator[Case]:
                 rows = Canvases(1, sizes.canvas, context, True)
                 yield Case(f"{stem}, 1 canvas behind {context:,}", _attention(sizes, layer, dtype, rows))
             several = Canvases(scope.canvases, sizes.canvas, scope.chunk_context, True)
-            text = f"{_canvases(scope.canvases)} behind {scope.chunk_context:,}"
+            text = f"{in_words(scope.canvases)} behind {scope.chunk_context:,}"
             yield Case(f"{stem}, {text}", _attention(sizes, layer, dtype, several))
             chunk = Canvases(1, scope.chunk, scope.chunk_context, False)
             text = f"prefill of {scope.chunk:,} behind {scope.chunk_context:,}"
             yield Case(f"{stem}, {text}", _attention(sizes, layer, dtype, chunk))
 
 
-def _canvases(count: int) -> str:
+def in_words(count: int) -> str:
+    """Of canvases."""
     return f"{count} canvas" if count == 1 else f"{count} canvases"
 
 

@@ -33,12 +33,20 @@ def expert_bytes(weights: ExpertWeights) -> int:
 
 @dataclass(frozen=True)
 class Canvases:
-    """Rows of one call: `count` rows of `tokens` new tokens, each behind `context` of its own."""
+    """Rows of one call: `count` rows of `tokens` new tokens, each behind `context` of its own.
+
+    Of whole steps the last `commits` rows are canvases that have ended and are encoded beside the others.
+    """
 
     count: int
     tokens: int
     context: int
     bidirectional: bool
+    commits: int = 0
+
+    def sees_all(self, row: int) -> bool:
+        """Whether a row's tokens see those behind them, too."""
+        return self.bidirectional and row < self.count - self.commits
 
     def first_seen(self, window: int) -> int:
         """The first position that any token sees."""
@@ -92,4 +100,5 @@ def cache_behind(
         return torch.full((rows.count,), value, dtype=torch.int32, device=device)
 
     pages = KeyValuePages(values(key_spread), values(1.0))
-    return Behind(pages, table, column(rows.context), column(rows.tokens), column(int(rows.bidirectional)))
+    is_canvas = torch.tensor([rows.sees_all(row) for row in range(rows.count)], dtype=torch.int32, device=device)
+    return Behind(pages, table, column(rows.context), column(rows.tokens), is_canvas)

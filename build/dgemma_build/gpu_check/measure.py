@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from dgemma_build.gpu_check.cases import Case, all_cases
+from dgemma_build.gpu_check.cases import Case, all_cases, in_words
 from dgemma_build.gpu_check.inputs import Canvases
 from dgemma_build.gpu_check.machine import Machine
 from dgemma_build.gpu_check.results import Bar, Card, Check, Row
@@ -37,13 +37,23 @@ class Bench:
             if only in case.name:
                 yield from self._guarded(case.name, partial(self._case, case))
         for precision in PRECISIONS:
-            numbers = f"step {precision}, 2 layers, 2 canvases"
+            numbers = f"step {precision}, 2 layers, 2 canvases and 1 commit"
             if only in numbers:
                 yield from self._guarded(numbers, partial(self._numbers, numbers, precision))
-            whole = f"step {precision}, {self.scope.layers} layers, 1 canvas"
-            contexts = {f"{whole} behind {context:,}": context for context in self.scope.step_contexts}
-            if chosen := {name: context for name, context in contexts.items() if only in name}:
+            whole = f"step {precision}, {self.scope.layers} layers"
+            steps = {f"{whole}, {name}": rows for name, rows in self._whole_steps().items()}
+            if chosen := {name: rows for name, rows in steps.items() if only in name}:
                 yield from self._guarded(whole, partial(self._steps, chosen, precision))
+
+    def _whole_steps(self) -> dict[str, Canvases]:
+        """What is measured with all layers, by name. A commit's cost is what it adds to the others' step."""
+        canvas, most = self.sizes.canvas, self.scope.full_step
+        steps = {f"1 canvas behind {each:,}": Canvases(1, canvas, each, True) for each in self.scope.step_contexts}
+        context, others = self.scope.step_contexts[0], most - 1
+        steps[f"{in_words(others)} behind {context:,}"] = Canvases(others, canvas, context, True)
+        name = f"{in_words(others)} and 1 commit behind {context:,}"
+        steps[name] = Canvases(most, canvas, context, True, commits=1)
+        return steps
 
     def _guarded(self, name: str, make: Callable[[], Iterator[Row]]) -> Iterator[Row]:
         """One kernel that does not run must not cost the figures of the others. Gives back what the one before held."""
@@ -79,22 +89,21 @@ class Bench:
     def _numbers(self, name: str, precision: str) -> Iterator[Row]:
         """A layer of each kind against PyTorch, with branches as large as the residual."""
         kinds = (self.sizes.sliding, self.sizes.full)
-        rows = Canvases(2, self.sizes.canvas, self.scope.step_contexts[0], True)
+        rows = Canvases(3, self.sizes.canvas, self.scope.step_contexts[0], True, commits=1)
         weights = random_weights(self.machine, self.sizes, kinds, precision, branch=1.0)
         inputs = random_inputs(self.machine, self.sizes, kinds, rows, self._cache(precision))
         _, checks = step_checks(Step(self.machine, self.sizes, weights, inputs), rows, precision)
         self.machine.wait()
         yield Row(name, checks)
 
-    def _steps(self, contexts: dict[str, int], precision: str) -> Iterator[Row]:
-        """One row a context, by name, over the same weights."""
+    def _steps(self, steps: dict[str, Canvases], precision: str) -> Iterator[Row]:
+        """Each over the same weights."""
         kinds = tuple(self.sizes.layers(self.scope.layers))
         weights = random_weights(self.machine, self.sizes, kinds, precision, SMALL_BRANCH)
-        for name, context in contexts.items():
-            rows = Canvases(1, self.sizes.canvas, context, True)
+        for name, rows in steps.items():
             inputs = random_inputs(self.machine, self.sizes, kinds, rows, self._cache(precision))
             step = Step(self.machine, self.sizes, weights, inputs)
-            first = context == self.scope.step_contexts[0]
+            first = rows == Canvases(1, self.sizes.canvas, self.scope.step_contexts[0], True)
             bar = STEP_BAR if precision == "fp8" and first else None
             yield self._step(name, step, bar)
 

@@ -98,10 +98,11 @@ def attention(query: Tensor, behind: Behind, rows: Canvases, layer: AttentionSiz
     page = first // layer.page
     position = torch.arange(page * layer.page, rows.context + rows.tokens, device=query.device)
     token = torch.arange(rows.context, rows.context + rows.tokens, device=query.device)[:, None]
-    visible = position >= first if rows.bidirectional else position <= token
-    if layer.window and not rows.bidirectional:
-        visible = visible & (position > token - layer.window)
+    past = position <= token
+    if layer.window:
+        past = past & (position > token - layer.window)
     for row in range(rows.count):
+        visible = position >= first if rows.sees_all(row) else past
         used = behind.table[row, page:].long()
         for head in range(layer.heads):
             kv_head = head // group

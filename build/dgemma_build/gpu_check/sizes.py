@@ -51,6 +51,7 @@ class Scope:
     contexts: tuple[int, ...]  # tokens behind a canvas, for attention; multiples of a page
     step_contexts: tuple[int, ...]  # of whole steps; the bar is for the first
     canvases: int  # where several are measured
+    full_step: int  # rows of a step in which the last is a commit
     chunk: int  # tokens of a chunk of prefill
     chunk_context: int  # tokens behind it
     layers: int  # of a whole step
@@ -78,6 +79,7 @@ WHOLE = Scope(
     contexts=(1024, 8192, 65_536, 262_144 - 256),  # the last: with its canvas all that the model's context holds
     step_contexts=(1024, 8192),
     canvases=4,
+    full_step=8,
     chunk=2048,
     chunk_context=8192,
     layers=30,

@@ -5,7 +5,8 @@
     experts, attention over pages, head                   the kernels
     everything between                                    dgemma_build.kernels.small, but for the embedding's few lines
 
-It is `dgemma_build.graph` for canvases, with norms folded in the same places.
+It is `dgemma_build.graph` for canvases, and for ended ones that are encoded beside them, with norms folded in the same
+places; but for the layers' scalars, which here are the same for both.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Step:
         for layer, behind in zip(self.weights.layers, self.inputs.behind, strict=True):
             state, choice = self._layer(state, layer, behind)
             chosen.append(choice)
-        last = rms_norm(state.total, state.total.shape[-1:], self.weights.norm, self.sizes.eps)
+        canvases = state.total[: len(self.inputs.soft)]
+        last = rms_norm(canvases, canvases.shape[-1:], self.weights.norm, self.sizes.eps)
         given = (self.inputs.temperature, self.inputs.uniforms, self.sizes.softcap)
         return StepResult(state.total, fused_head(last, self.weights.embedding, *given), tuple(chosen))
 
@@ -75,7 +77,9 @@ class Step:
         signal = rms_norm(self.inputs.soft, shape, eps=eps)
         operand = fp8_rows(signal) if self.quantise else None
         both = self._product(signal, operand, self.weights.signal_gate_up)
-        return rms_norm(tokens + self._down(both, self.weights.signal_down), shape, eps=eps)
+        canvases, ended = tokens[: len(signal)], tokens[len(signal) :]
+        conditioned = rms_norm(canvases + self._down(both, self.weights.signal_down), shape, eps=eps)
+        return torch.cat([conditioned, ended]) if len(ended) else conditioned
 
     def _layer(self, state: Normed, layer: LayerWeights, behind: Behind) -> tuple[Normed, Tensor]:
         eps, quantise = self.sizes.eps, self.quantise

@@ -33,7 +33,7 @@ def step_parts(step: Step, result: StepResult) -> dict[str, Callable[[], object]
 
     def head() -> None:
         given = (inputs.temperature, inputs.uniforms, step.sizes.softcap)
-        fused_head(hidden, weights.embedding, *given)
+        fused_head(hidden[: len(inputs.soft)], weights.embedding, *given)
 
     return {"experts": experts, "attention": attention, "products": _products(step, hidden), "head": head}
 

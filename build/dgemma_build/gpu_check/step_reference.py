@@ -37,7 +37,8 @@ class StepReference:
         weights, inputs = self._weights, self._inputs
         signal = self._product(self._norm(inputs.soft.float()), weights.signal_gate_up)
         tokens = weights.embedding[inputs.ids].float() * self._sizes.hidden**0.5
-        hidden = self._norm(tokens + self._down(signal, weights.signal_down))
+        canvases, ended = tokens[: len(signal)], tokens[len(signal) :]
+        hidden = torch.cat([self._norm(canvases + self._down(signal, weights.signal_down)), ended])
         for index, layer in enumerate(weights.layers):
             hidden = self._layer(hidden, index, layer, chosen[index])
         return hidden
@@ -100,7 +101,8 @@ def step_checks(step: Step, rows: Canvases, precision: str) -> tuple[StepResult,
     reference = StepReference(step, rows)
     expected = reference.hidden(result.chosen)
     error = float((result.hidden.float() - expected).norm() / expected.norm())
-    last = rms_norm(result.hidden, result.hidden.shape[-1:], step.weights.norm, step.sizes.eps)
+    canvases = result.hidden[: len(step.inputs.soft)]
+    last = rms_norm(canvases, canvases.shape[-1:], step.weights.norm, step.sizes.eps)
     given = (step.inputs.temperature, step.inputs.uniforms, step.sizes.softcap)
     head = references.head_checks(result.head, last, step.weights.embedding, *given)
     hidden = Check("hidden", error, HIDDEN[precision])

@@ -78,10 +78,10 @@ class StepWeights:
 
 @dataclass(frozen=True)
 class StepInputs:
-    ids: Tensor  # [T] int64, T = canvases * tokens
-    soft: Tensor  # [T, H]
-    temperature: Tensor  # [T] float32
-    uniforms: Tensor  # [T] float32
+    ids: Tensor  # [T] int64, of all rows
+    soft: Tensor  # [C, H]; the first C tokens are those of canvases
+    temperature: Tensor  # [C] float32
+    uniforms: Tensor  # [C] float32
     behind: tuple[Behind, ...]  # of each layer
     rotations: dict[AttentionSizes, Rotation]
 
@@ -140,16 +140,17 @@ def key_spread(kind: AttentionSizes) -> float:
 def random_inputs(
     machine: Machine, sizes: ModelSizes, layers: tuple[AttentionSizes, ...], rows: Canvases, cache: torch.dtype
 ) -> StepInputs:
-    """Of one step over the canvases of `rows`."""
+    """Of one step over `rows`."""
     random = generator(machine, 5)
     tokens = rows.count * rows.tokens
+    canvases = tokens - rows.commits * rows.tokens
     device = machine.device
     position = torch.arange(rows.context, rows.context + rows.tokens, device=device).repeat(rows.count)
     return StepInputs(
         ids=torch.randint(0, sizes.vocabulary, (tokens,), generator=random, device=device),
-        soft=torch.randn(tokens, sizes.hidden, generator=random, device=device).to(sizes.dtype),
-        temperature=torch.full((tokens,), 0.6, device=device),
-        uniforms=torch.rand(tokens, generator=random, device=device),
+        soft=torch.randn(canvases, sizes.hidden, generator=random, device=device).to(sizes.dtype),
+        temperature=torch.full((canvases,), 0.6, device=device),
+        uniforms=torch.rand(canvases, generator=random, device=device),
         behind=tuple(
             cache_behind(machine, kind, rows, sizes.dtype, cache, random, key_spread(kind)) for kind in layers
         ),
