@@ -110,15 +110,17 @@ class Watchdog:
         self._thread.join()
 
     def _main(self) -> None:
+        failed = False
         while not self._stopping.wait(_CHECK_S):
             self._beat()
+            if failed:
+                continue
             if self._service.failure is None and (complaint := self.complaint()):
                 self._service.fail(complaint)
-            if self._service.failure is not None:
+            if failed := self._service.failure is not None:
                 _log.critical("this process ends within %d s", END_WITHIN_S)
                 # By the kernel: it also ends a process whose Python or whose library hangs on its way out.
                 self._end_process(END_WITHIN_S)
-                return
 
     def complaint(self) -> str | None:
         """What is wrong with the engine thread, None while nothing is."""

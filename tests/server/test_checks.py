@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,3 +166,19 @@ def test_a_drain_request_is_read(tmp_path: Path) -> None:
     assert settings.drain_request() == 2.5
     (tmp_path / "drain").write_text("soon")
     assert settings.drain_request() == 0
+    ProcessSettings(tmp_path).drained()
+    settings.drained()
+    assert settings.drain_request() is None
+    settings.drained()
+
+
+def test_a_beat_can_be_seen(tmp_path: Path) -> None:
+    settings = ProcessSettings(tmp_path, heartbeat_file=tmp_path / "beat")
+    ProcessSettings(tmp_path).beat()
+    assert not (tmp_path / "beat").exists()
+    seen = set()
+    for _ in range(3):
+        settings.beat()
+        seen.add((tmp_path / "beat").stat().st_mtime_ns)
+        time.sleep(0.02)
+    assert len(seen) == 3

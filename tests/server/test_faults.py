@@ -25,7 +25,7 @@ from dgemma_runtime.server_process import model_processes
 if TYPE_CHECKING:
     from tests.server.conftest import Answer, Caller, Command
 
-STEP_TIMEOUT_S, HEARTBEAT_S = 2.0, 2.0
+STEP_TIMEOUT_S = 3.0  # also without a heartbeat
 ERROR_S = 5.0  # a client may wait so long for its error
 STATUS = {"triton_grpc_error": "true"}  # an error of the model ends the stream with its status
 
@@ -133,9 +133,9 @@ def test_an_engine_call_overruns(supervised: Supervised) -> None:
 def test_a_process_that_stands_still(supervised: Supervised) -> None:
     """As a library would make it that holds Python's lock for ever: only another process can tell."""
     pid = supervised.model_pid
-    suffer(supervised.caller, lambda: os.kill(pid, signal.SIGSTOP), after_s=HEARTBEAT_S)
+    suffer(supervised.caller, lambda: os.kill(pid, signal.SIGSTOP), after_s=STEP_TIMEOUT_S)
     assert not supervised.caller.ready()
-    supervised.command.wait_for(r"has shown no sign of life for 2\.\d s; starting the server again")
+    supervised.command.wait_for(r"has shown no sign of life for 3\.\d s; starting the server again")
     supervised.back()
 
 
