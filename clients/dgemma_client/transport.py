@@ -45,6 +45,7 @@ _CHANNEL_OPTIONS = (
 )
 _FIRST_PAUSE_S = 0.5  # before a request is sent again; each further one is twice as long
 _PROBE_S = 2.0
+_CLOCKS_S = 0.005  # that gRPC's clock and the loop's may differ by
 _LAST_READ_S = 1.0  # from an error to the end of its stream, which follows at once
 _BY_STATUS: dict[grpc.StatusCode, type[ClientError]] = {
     grpc.StatusCode.CANCELLED: Cancelled,
@@ -132,7 +133,8 @@ class GrpcTransport:
 
     async def _once(self, message: Any, timeout_s: float, connect_timeout_s: float) -> AsyncGenerator[Outputs]:
         """The responses to one attempt."""
-        call = None
+        call, now = None, asyncio.get_running_loop().time
+        deadline = now() + timeout_s
         try:
             await self._connect(min(timeout_s, connect_timeout_s))
             call = self._stub.ModelStreamInfer(_only(message), timeout=timeout_s)
@@ -142,6 +144,8 @@ class GrpcTransport:
                     raise _refusal(response.error_message)
                 yield decode(response.infer_response)
         except grpc.aio.AioRpcError as error:
+            if now() > deadline - _CLOCKS_S:  # a call that ends while its message is being sent has another status
+                raise DeadlineExceeded(f"no end after {timeout_s:g} s") from None
             raise await self._error(error) from None
         except grpc.aio.UsageError:
             raise Cancelled("the client was closed before the request was sent") from None

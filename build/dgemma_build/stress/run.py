@@ -103,8 +103,8 @@ async def _checks_of_server(
 ) -> list[Check]:
     """What must hold after the load; raises ClientError or OSError where nobody answers."""
     last = await _settled(server)
-    metrics = read_metrics(server.metrics_url)
     again = await answers(server.grpc_url, asked, "after")
+    metrics = await _counted(server)
     changed = sum(again[name] != reference for name, reference in references.items())
     checks = [
         Check(
@@ -177,6 +177,16 @@ async def _settled(server: RunningServer) -> Sample:
         if not (found.running or found.waiting or found.pages) or time.monotonic() > end:
             return found
         await asyncio.sleep(0.1)
+
+
+async def _counted(server: RunningServer) -> dict[str, float]:
+    """The metrics, once they count as many ends as requests, or as they are at last; they are published in turns."""
+    end = time.monotonic() + _SETTLE_S
+    while True:
+        metrics = await asyncio.to_thread(read_metrics, server.metrics_url)
+        if metrics[ACCEPTED] == metrics[FINISHED] or time.monotonic() > end:
+            return metrics
+        await asyncio.sleep(0.2)
 
 
 def request_checks(outcomes: Sequence[Outcome]) -> list[Check]:
