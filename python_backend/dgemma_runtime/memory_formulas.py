@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 from functools import cache
 
 from dgemma_runtime.contract import FULL, EngineLimits, ModelSpec, cache_dtypes, sliding_slots
+from dgemma_runtime.engines.ort_rows import KEPT_SLOTS, encode_tokens, slots_for
 from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.pages import PageRules
 
@@ -54,8 +55,7 @@ def limits_of(spec: ModelSpec, sequences: int, context: int, chunk: int) -> Engi
 # ---------------------------------------------------------------- onnxruntime
 
 PROCESS_BYTES = 75_000_000  # Python, numpy, onnxruntime with its session, measured with onnxruntime 1.31 on Linux
-_SCORE_COPIES, _MASK_COPIES, _LOGIT_COPIES = 1.8, 2, 4
-_SMALLEST_SLOTS, _DOUBLING_UP_TO = 128, 4096
+_SCORE_COPIES, _MASK_COPIES, _LOGIT_COPIES = 1.05, 3.5, 4
 
 
 @dataclass(frozen=True)
@@ -82,52 +82,46 @@ class HostMemory:
         return sum(astuple(self))
 
 
-def host_memory(
-    spec: ModelSpec, work: LayerWork, weights: int, limits: EngineLimits, context: int, chunk_rows: int
-) -> HostMemory:
+def host_memory(spec: ModelSpec, work: LayerWork, weights: int, limits: EngineLimits, context: int) -> HostMemory:
     """Peak memory of the onnxruntime engine in a process of its own, over sequences of up to `context` tokens.
 
-    `chunk_rows` chunks of prompts are encoded at once. Exact are the weights and the page pools. Buffers follow
-    `dgemma_runtime.engines.onnxruntime`: one encode call's, and canvases' contexts laid out in workspaces. What ONNX
-    Runtime allocates during a call is an estimate, fitted to 23 measured processes (two models, fp32 and int4, 256 to
-    16,384 tokens, 1 to 4 sequences) and within a tenth of each: 1.8 copies of attention's scores and two of its masks
-    in a prefill, four of the logits in a denoising step. Its arena keeps the larger of the two.
+    Exact are the weights, the page pools and the rows of caches. What ONNX Runtime allocates during a call is an
+    estimate, fitted to measured processes (two models, 2,048 to 262,144 tokens, 1 to 8 sequences) and within a tenth of
+    each: attention's scores once, its masks three and a half times, in a denoising step four times the logits.
     """
     token, canvas, batch = token_bytes(spec, "fp32"), spec.canvas_length, limits.max_batch_size
-    slots, chunk, rows = cache_slots(context), min(limits.max_encode_tokens, context), min(batch, chunk_rows)
+    slots, laid_out = slots_for(context), laid_out_tokens(limits, context)
+    chunk = min(limits.max_encode_tokens, context, encode_tokens(context))
+    tail = min(slots, spec.sliding_window - 1 + max(limits.max_encode_tokens, canvas))
 
-    def buffers(rows: int, length: int) -> int:
-        """Caches of one call, a contiguous one per row, of which no more is written than there are pages for."""
-        full = min(rows * slots, limits.full_pages * limits.page_size + rows * _DOUBLING_UP_TO)
-        return token.full * full + token.sliding * rows * min(slots, spec.sliding_window - 1 + length)
+    def call(slots: int, length: int, tokens: int) -> int:
+        """Scores and mask of one full layer with `slots` in all rows, a sliding layer's mask, a layer's activations."""
+        scores = _SCORE_COPIES * work.num_attention_heads * length * slots
+        masks = _MASK_COPIES * (length * slots + tokens * tail)
+        return 4 * (round(scores + masks) + tokens * work.token_values)
 
-    def call(rows: int, length: int) -> int:
-        """Scores of one full layer, the masks of both kinds, and one layer's activations."""
-        scores = round(_SCORE_COPIES * rows * work.num_attention_heads * length * slots)
-        masks = _MASK_COPIES * rows * length * (slots + min(slots, spec.sliding_window - 1 + length))
-        return 4 * (scores + masks + rows * length * work.token_values)
-
-    head = 4 * batch * canvas * (_LOGIT_COPIES * spec.vocab_size + work.token_values)
+    # Rows of a call are at least half full.
+    steps = call(min(batch * slots, 2 * laid_out), canvas, batch * canvas)
     return HostMemory(
         process=PROCESS_BYTES,
         weights=weights,
         packed_embedding=2 * spec.vocab_size * spec.hidden_size * 4,
         kv_pools=page_pool_bytes(spec, "fp32", limits),
-        workspaces=buffers(batch, canvas) + max(buffers(rows, chunk), buffers(batch, canvas)),
-        activations=max(call(rows, chunk), call(batch, canvas), head),
+        workspaces=token.full * laid_out + token.sliding * (batch + 1) * tail,
+        activations=max(call(slots, chunk, chunk), steps + 4 * _LOGIT_COPIES * batch * canvas * spec.vocab_size),
     )
 
 
-def cache_slots(tokens: int) -> int:
-    """Positions of a workspace for that many tokens, as the engine rounds them."""
-    if tokens > _DOUBLING_UP_TO:
-        return -(-tokens // _DOUBLING_UP_TO) * _DOUBLING_UP_TO
-    return max(_SMALLEST_SLOTS, 1 << (tokens - 1).bit_length())
+def laid_out_tokens(limits: EngineLimits, context: int) -> int:
+    """Of contexts in rows of caches beside the pages: of every sequence, and of one twice, when its prompt ends."""
+    slots, batch = slots_for(context), limits.max_batch_size
+    return min((batch + 1) * slots, limits.full_pages * limits.page_size + slots + batch * KEPT_SLOTS)
 
 
 # ---------------------------------------------------------------- TensorRT
 
 ALIGNMENT = 256  # bytes
+_SMALLEST_SLOTS = 128
 _SPARE_SLOTS = 4096  # by which rounding up makes a row longer than its context, at most
 
 
@@ -228,7 +222,7 @@ def _smallest_slots(spec: ModelSpec) -> int:
 
 
 def _slots_for(tokens: int, smallest: int, largest: int) -> int:
-    return min(max(smallest, cache_slots(tokens)), largest)
+    return min(max(smallest, slots_for(tokens)), largest)
 
 
 def _call_bytes(spec: ModelSpec, activations: str, rows: int, canvases: int, length: int) -> int:

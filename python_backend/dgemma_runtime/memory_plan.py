@@ -90,8 +90,7 @@ def plan_host_memory(
             pages = page_pool_bytes(manifest.model, manifest.kv_dtype, limits)
             return (("process", PROCESS_BYTES), ("keys and values in pages", pages))
         work = LayerWork(manifest.num_attention_heads, manifest.layer_values)
-        rows = max(1, chosen.prefill_budget // limits.max_encode_tokens)
-        found = host_memory(manifest.model, work, weights, limits, chosen.context_length(manifest), rows)
+        found = host_memory(manifest.model, work, weights, limits, chosen.context_length(manifest))
         return (
             ("process: Python and its libraries", found.process),
             ("weights", found.weights),

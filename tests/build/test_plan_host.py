@@ -11,14 +11,12 @@ import pytest
 
 from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.engine import BuildRequest, build_engine
-from dgemma_build.plan.host import PREFILL_CHUNK, PREFILL_ROWS, planned_host_memory
+from dgemma_build.plan.host import PREFILL_CHUNK, planned_host_memory
 from dgemma_runtime.contract import Manifest
-from dgemma_runtime.engines import onnxruntime as engine_module
 from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.memory_formulas import (
     PAGE_SIZE,
     LayerWork,
-    cache_slots,
     host_memory,
     limits_of,
     page_pool_bytes,
@@ -48,7 +46,6 @@ def test_pages_are_those_that_the_runtime_reserves(demo_engine: Path, context: i
     manifest = Manifest.load(demo_engine)
     settings = RuntimeSettings(max_model_len=context, max_batch_size=batch, prefix_cache=False)
     assert (settings.page_size, settings.prefill_chunk) == (PAGE_SIZE, PREFILL_CHUNK)
-    assert settings.prefill_budget == PREFILL_ROWS * PREFILL_CHUNK
     reserved = page_pool_bytes(manifest.model, manifest.kv_dtype, plan_limits(manifest, settings))
     assert planned_host_memory(Checkpoint(DEMO).config, "fp32", batch, context).kv_pools == reserved
 
@@ -58,15 +55,10 @@ def test_a_server_plans_what_the_exporter_planned(demo_engine: Path) -> None:
     manifest = Manifest.load(demo_engine)
     work = LayerWork(manifest.num_attention_heads, manifest.layer_values)
     limits = limits_of(manifest.model, 2, 4096, PREFILL_CHUNK)
-    served = host_memory(manifest.model, work, (demo_engine / "model.onnx.data").stat().st_size, limits, 4096, 2)
+    served = host_memory(manifest.model, work, (demo_engine / "model.onnx.data").stat().st_size, limits, 4096)
     planned = planned_host_memory(Checkpoint(DEMO).config, "fp32", 2, 4096)
     assert served.peak - served.weights == planned.peak - planned.weights
     assert served.weights == pytest.approx(planned.weights, rel=0.05)
-
-
-def test_workspaces_are_rounded_as_the_engine_rounds_them() -> None:
-    for tokens in (1, 127, 128, 129, 4095, 4096, 4097, 100_000):
-        assert cache_slots(tokens) == engine_module._slots_for(tokens)
 
 
 def test_integer_weights_take_less_and_nothing_else_changes() -> None:

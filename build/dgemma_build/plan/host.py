@@ -8,7 +8,6 @@ from dgemma_build.text_config import TextConfig, layer_values
 from dgemma_runtime.memory_formulas import HostMemory, LayerWork, host_memory, limits_of
 
 PREFILL_CHUNK = 512  # tokens: the runtime's default, `RuntimeSettings.prefill_chunk`
-PREFILL_ROWS = 2  # chunks in one encode call: the runtime's default budget of 1,024 tokens
 
 
 def planned_host_memory(config: TextConfig, precision: str, batch: int, context: int) -> HostMemory:
@@ -19,4 +18,4 @@ def planned_host_memory(config: TextConfig, precision: str, batch: int, context:
     weights = built_bytes(config, backend_for("onnxruntime", precision).lowering())
     limits = limits_of(config.spec, batch, context, PREFILL_CHUNK)
     work = LayerWork(config.num_attention_heads, layer_values(config))
-    return host_memory(config.spec, work, weights, limits, context, PREFILL_ROWS)
+    return host_memory(config.spec, work, weights, limits, context)
