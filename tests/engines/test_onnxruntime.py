@@ -28,7 +28,7 @@ from dgemma_runtime.contract import (
 )
 from dgemma_runtime.engines import ort_pages, ort_rows
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
-from dgemma_runtime.engines.ort_rows import encode_tokens
+from dgemma_runtime.engines.ort_rows import encode_tokens, slots_for
 from dgemma_runtime.errors import EngineError, EngineMemoryError
 
 DEMO = Path(__file__).resolve().parents[2] / "build/checkpoints/demo"
@@ -423,16 +423,39 @@ def test_a_long_prompt_is_encoded_in_smaller_pieces(make: Make, monkeypatch: pyt
     assert_same(*casts)
 
 
-def test_rows_laid_out_are_one_more_than_slots(make: Make) -> None:
+def test_rows_laid_out_are_no_more_than_slots(make: Make) -> None:
     """Prompts that came and went without a canvas do not pile up."""
     engine = make()
     cast = [Story(number, 40, (9, 9), engine) for number in range(4)]
-    for story in cast:
+    for story in cast[:3] * 2 + cast[3:]:
+        story.prefill()
+    assert len(engine._encoders) == 4
+    for story in cast[:3]:
+        engine.denoise([story.row()])
+    for story in cast[3:] * 3:
+        story.prefill()
+    assert sum(workspace.occupied for workspace in engine._workspaces) == 3
+    assert len(engine._encoders) == 1
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_long_context_leaves_no_memory_behind(make: Make) -> None:
+    """While another canvas stays in the workspace; and the canvas that comes next sees only its own context."""
+    engine, other = make("demo", 64), make("demo", 64)
+    stay, go, come = (Story(number, 5000, (9, 9), engine) for number in range(3))
+    for story in (stay, go):
         story.prefill()
         engine.denoise([story.row()])
-    for _ in range(3):
-        for story in cast:
-            story.prefill()
-    occupied = sum(workspace.occupied for workspace in engine._workspaces)
-    assert occupied == 4
-    assert len(engine._encoders) + occupied == engine.limits.max_batch_size + 1
+    row_bytes = slots_for(5000) * 6 * 64 * 4
+    before = resident_bytes()
+    engine.release(go.number)
+    assert before - resident_bytes() > 0.5 * row_bytes
+    alone = Story(2, 5000, (9, 9), other)
+    for story in (come, alone):
+        story.prefill()
+    got, wanted = engine.denoise([stay.row(), come.row()]), other.denoise([alone.row()])
+    np.testing.assert_array_equal(got.argmax_ids[1], wanted.argmax_ids[0])
+    np.testing.assert_allclose(got.entropies[1], wanted.entropies[0], atol=1e-4)

@@ -95,6 +95,7 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it would keep a plan, and memory for it, of every length of context
         return options
 
     # ------------------------------------------------------------ encode
@@ -134,9 +135,9 @@ class OnnxRuntimeEngine:
         return made
 
     def _trim_encoders(self, more: int) -> None:
-        """Rows for prompts and canvases together are one more than there are slots; `more` are about to be taken."""
+        """Rows for prompts and canvases together are as many as there are slots; `more` are about to be taken."""
         occupied = sum(workspace.occupied for workspace in self._workspaces)
-        while self._encoders and len(self._encoders) + occupied + more > self.limits.max_batch_size + 1:
+        while self._encoders and len(self._encoders) + occupied + more > self.limits.max_batch_size:
             self._encoders.pop(0)
 
     # ------------------------------------------------------------ denoise
@@ -193,23 +194,23 @@ class OnnxRuntimeEngine:
         chosen = max(fitting, key=merit, default=None)
         if chosen is not present:
             self.release(row.slot)
+        self._drop_encoder(row)
         if chosen is None:
             limits, slots = self.limits, slots_for(need)
             chosen = self._allocate(lambda: Workspace(self.spec, limits.page_size, limits.max_batch_size, slots))
             self._workspaces.append(chosen)
         chosen.begin(self._pools, row.slot, row.position, row.pages)
         self._where[row.slot] = chosen
-        self._drop_encoder(row)
 
     def _drop_encoder(self, row: DenoiseRow) -> None:
-        """Of a prompt whose canvases have begun; a short one is kept until its place is wanted."""
+        """Of a prompt whose canvases begin; a short one is kept until its place is wanted."""
         self._encoders = [
             encoder
             for encoder in self._encoders
             if encoder.slots <= KEPT_SLOTS
             or self._pools.good_tokens(encoder.content[0], row.position, row.pages) < row.position
         ]
-        self._trim_encoders(0)
+        self._trim_encoders(1)
 
     def release(self, slot: int) -> None:
         workspace = self._where.pop(slot, None)

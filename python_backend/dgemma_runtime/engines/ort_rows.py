@@ -2,12 +2,16 @@
 
 Each row has a cache per layer that is the graph's input and output at once: a call writes its keys and values behind
 the row's context, in place. The rows of a call are the first ones, so before a call the rows that were left are filled
-from the end. A row that was left keeps what it holds until then: whoever has the same pages finds its context there.
+from the end. A short row that was left keeps what it holds until then: whoever has the same pages finds its context
+there. A long one gives its memory back.
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -64,10 +68,31 @@ class Rows:
         sliding_slots = min(slots, spec.sliding_window - 1 + length)
         self._kinds = [layer.kind for layer in spec.layers]
         self.caches: list[tuple[Array, Array]] = []
+        self._mapped: list[mmap.mmap] = []  # of the full layers, where rows are long
         for layer in spec.layers:
             size = sliding_slots if layer.kind == SLIDING else slots
             shape = (rows, layer.num_key_value_heads, size, layer.head_dim)
-            self.caches.append((np.zeros(shape, np.float32), np.zeros(shape, np.float32)))
+            make = self._map if layer.kind != SLIDING and slots > KEPT_SLOTS else np.zeros
+            self.caches.append((make(shape, np.float32), make(shape, np.float32)))
+
+    def _map(self, shape: tuple[int, ...], dtype: type[np.float32]) -> Array:
+        """Zeros, of which single rows can be given back to the operating system."""
+        try:
+            memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize)
+        except OSError as error:
+            raise MemoryError(f"{shape} numbers: {error}") from error
+        with suppress(OSError):  # not every kernel has large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._mapped.append(memory)
+        return np.frombuffer(memory, dtype).reshape(shape)
+
+    def give_back(self, index: int) -> None:
+        """The memory of a long row; its context is gone."""
+        for memory in self._mapped:
+            size = len(memory) // len(self.content)  # whole pages: long rows have a multiple of 4,096 slots
+            memory.madvise(mmap.MADV_DONTNEED, index * size, size)
+        if self._mapped:
+            self.content[index].pages[:] = -1
 
     def bound(self, rows: int, length: int, canvases: int) -> tuple[Arrays, Arrays]:
         """Inputs and outputs of a call over the first `rows` rows, of which `canvases` are such."""
@@ -147,7 +172,9 @@ class Workspace(Rows):
 
     def leave(self, slot: int) -> None:
         """The slot's canvases are over."""
-        self._slots[self._slots.index(slot)] = None
+        index = self._slots.index(slot)
+        self._slots[index] = None
+        self.give_back(index)
 
     def index(self, slot: int) -> int:
         """The row of a slot's canvas."""
@@ -222,3 +249,4 @@ class Workspace(Rows):
             array[target] = array[source]
         self.content[target].take(self.content[source])
         self._slots[target], self._slots[source] = self._slots[source], None
+        self.give_back(source)
