@@ -35,6 +35,7 @@ _TRACE_HEADERS = "(?i)^(traceparent|tracestate)$"  # reach the model as request 
 _SHARED_MEMORY = Path("/dev/shm")
 _KILL_AFTER_S = 10.0  # beyond the exit timeout that Triton itself keeps
 _LAST_RESPONSES_S = 3.0  # of the exit timeout, for the responses to requests that did not end in time
+_UNLOAD_S = 1.0
 _POLL_S = 0.05
 _KEY_HEADER = "dgemma-key"
 
@@ -116,13 +117,8 @@ class RunningServer:
     def load_model(self, timeout_s: float) -> None:
         """Load the model again after it was unloaded; raises ServerStartError when that fails."""
         _failure_file(self._run_directory).unlink(missing_ok=True)
-        request = urllib.request.Request(
-            f"{self.http_url}/v2/repository/models/{MODEL_NAME}/load",
-            b"{}",
-            {"Content-Type": "application/json", _KEY_HEADER: self._key},
-        )
         try:
-            urllib.request.urlopen(request, timeout=timeout_s).close()
+            self._repository("load", timeout_s)
         except (OSError, http.client.HTTPException) as error:
             raise ServerStartError(f"the model could not be loaded again: {self.failure_reason() or error}") from None
 
@@ -144,6 +140,10 @@ class RunningServer:
             drain = _drain_file(self._run_directory)
             drain.with_suffix(".tmp").write_text(str(grace_s))
             drain.with_suffix(".tmp").replace(drain)
+            # Over connections that it has, a Triton that is ending goes on saying that the model is ready. Requests
+            # under way go on. Where this fails, the model was not ready either.
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self._repository("unload", _UNLOAD_S)
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -196,6 +196,12 @@ class RunningServer:
         text = self.log_file.read_text(errors="replace")
         kept = [line for line in text.splitlines() if line.strip() and not line.startswith(("+-", "| "))]
         return "\n".join(kept[-lines:])
+
+    def _repository(self, action: str, timeout_s: float) -> None:
+        """Triton's repository API: `load` returns when the model is ready, `unload` at once."""
+        url = f"{self.http_url}/v2/repository/models/{MODEL_NAME}/{action}"
+        headers = {"Content-Type": "application/json", _KEY_HEADER: self._key}
+        urllib.request.urlopen(urllib.request.Request(url, b"{}", headers), timeout=timeout_s).close()
 
     def _why(self) -> str:
         """The model's own words where it has left some, else the end of the log."""

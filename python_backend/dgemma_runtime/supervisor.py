@@ -135,26 +135,27 @@ class Supervisor:
         """Blocks while the server serves; None when it is to stop."""
         server = self._server
         pid = server.model_process() if server is not None else None
-        beat, beat_seen = 0, 0.0  # seconds of watching since the last new beat: a machine that sleeps does not count
+        beat, quiet_s = 0, 0.0  # time of watching without a new beat: a machine that sleeps does not count
         while not self._told_to_stop():
             assert server is not None
-            if (status := server.returncode) is not None:
-                return Failure(f"the server ended by itself with status {status}")
-            if pid is None or not is_stub(pid, server.pid):
-                return self._ended_model(server)
             if (now := server.heartbeat()) != beat:
-                beat, beat_seen = now, 0.0
-            elif (beat_seen := beat_seen + _POLL_S) > self._settings.step_timeout_s:
-                return Failure(f"the model's process has shown no sign of life for {beat_seen:.1f} s")
+                beat, quiet_s = now, 0.0
+            if (failure := self._failure(server, pid, quiet_s)) is not None:
+                return None if self._told_to_stop() else failure
             time.sleep(_POLL_S)
+            quiet_s += _POLL_S
         return None
 
-    def _ended_model(self, server: RunningServer) -> Failure | None:
-        if server.model_ready() is False:  # withdrawn: every client has its error
-            return Failure(server.failure_reason() or "the model was unloaded", reload=True)
-        if self._told_to_stop():
-            return None
-        return Failure("the model's process has crashed")
+    def _failure(self, server: RunningServer, pid: int | None, quiet_s: float) -> Failure | None:
+        if (status := server.returncode) is not None:
+            return Failure(f"the server ended by itself with status {status}")
+        if pid is None or not is_stub(pid, server.pid):
+            if server.model_ready() is False:  # withdrawn: every client has its error
+                return Failure(server.failure_reason() or "the model was unloaded", reload=True)
+            return Failure("the model's process has crashed")
+        if quiet_s > self._settings.step_timeout_s:
+            return Failure(f"the model's process has shown no sign of life for {quiet_s:.1f} s")
+        return None
 
     # ------------------------------------------------------------ restarting
 

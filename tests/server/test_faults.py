@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import subprocess
@@ -216,6 +217,12 @@ def test_a_slow_reader_holds_up_nobody_and_misses_no_commit(
 # ---------------------------------------------------------------- shutdown
 
 
+def ready_over(connection: http.client.HTTPConnection) -> bool:
+    connection.request("GET", "/v2/models/diffusion_gemma/ready")
+    with connection.getresponse() as answer:
+        return answer.status == 200
+
+
 def test_sigterm_under_load(narrow: Path, call: type[Caller]) -> None:
     options = ServerOptions(http_port=0, grpc_port=0, metrics_port=0, exit_timeout_s=6)  # 3 s of it for requests
     with running_server(narrow, options=options, max_batch_size=3) as server, contextlib.ExitStack() as stack:
@@ -233,10 +240,12 @@ def test_sigterm_under_load(narrow: Path, call: type[Caller]) -> None:
         ending = start(text_input="long", stream=True)
         ending.next()
         waiting = [start(text_input="short") for _ in range(3)]
-        time.sleep(0.1)
+        kept = stack.enter_context(caller.http_connection())
+        assert ready_over(kept)
         started = time.monotonic()
         server.terminate()
-        until(lambda: not caller.ready(), 1.0)
+        assert not ready_over(kept)
+        assert not caller.ready()
         with caller.stream(text_input="short", timeout_s=5.0) as late:
             assert late.finish().error is not None
         assert ending.finish().error is None

@@ -1,4 +1,7 @@
-"""Rows about faults under load, with the demo engine: what clients see, what a probe sees, when service is back."""
+"""Rows about faults under load, with the demo engine: what clients see, what a probe sees, when service is back.
+
+None is quick: tests/server/test_faults.py asserts the same in CI, with a scripted engine.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +142,7 @@ def _row(what: str, fault: Callable[[SupervisedServer], None], error_kind: type[
 
     after = f" after the {late_s:g} s of --step-timeout" if late_s else ""
     bar = f"error within {ERROR_BAR_S:g} s{after}, not ready meanwhile, back without a human"
-    return Row(f"fault: {what}", bar, measure)
+    return Row(f"fault: {what}", bar, measure, quick=False)
 
 
 def _kill_model(server: SupervisedServer) -> None:
@@ -275,7 +278,17 @@ ROWS: tuple[Row, ...] = (
     _row("the model's process stands still", _stop_model, ConnectError, STEP_TIMEOUT_S),
     _row("the engine raises an exception", lambda server: server.tell_engine("raise"), ServerError),
     _row("a denoising step overruns", lambda server: server.tell_engine("hang"), ServerError, STEP_TIMEOUT_S),
-    Row("fault: a client is gone", f"its slot is free within {ERROR_BAR_S:g} s", _client_gone),
-    Row("fault: a client does not read its stream", "others at most 1.5x; at most 64 MiB kept", _slow_reader),
-    Row("fault: SIGTERM under load", "each request done or Overloaded; ends within 12 s, status 0", _sigterm),
+    Row("fault: a client is gone", f"its slot is free within {ERROR_BAR_S:g} s", _client_gone, quick=False),
+    Row(
+        "fault: a client does not read its stream",
+        "others at most 1.5x; at most 64 MiB kept",
+        _slow_reader,
+        quick=False,
+    ),
+    Row(
+        "fault: SIGTERM under load",
+        "each request done or Overloaded; ends within 12 s, status 0",
+        _sigterm,
+        quick=False,
+    ),
 )
