@@ -67,7 +67,7 @@ def variants(clients: int) -> tuple[Variant, Variant]:
     """Room for eight whole contexts, and for little more than one; queues that overflow."""
     batch = max(4, clients // 8)
     settings = {"threads": 2, "max_batch_size": batch, "max_model_len": MAX_MODEL_LEN, "page_size": PAGE_SIZE}
-    settings["queue_size"] = clients * 5 // 8
+    settings["queue_size"] = clients - batch - max(2, clients // 16)
     whole = MAX_MODEL_LEN // PAGE_SIZE
     return (
         Variant("enough pages", {**settings, "full_pages": whole * batch}),
