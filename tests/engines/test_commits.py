@@ -89,6 +89,19 @@ def test_what_a_commit_copies(make: Make) -> None:
     assert harness.device.copies - before == 2 * 2 + 1
 
 
+def test_a_row_that_moves_takes_its_commit_along(make: Make) -> None:
+    harness = make()
+    sequences = {slot: harness.prefilled(40 + slot) for slot in range(3)}
+    harness.denoise(sequences)
+    harness.denoise(others(sequences, 0), {0: sequences[0]})  # of the shortest context, so in the last row
+    harness.end(sequences.pop(2))
+    harness.denoise({1: sequences[1]})  # the last row fills the first
+    before = harness.device.copies
+    harness.denoise(sequences)
+    # The window's 10 tokens up to 45 lie on 4 sliding pages; the soft embeddings are kept.
+    assert harness.device.copies - before == 4 + 1
+
+
 def test_the_next_canvas_of_a_full_row_is_elsewhere(make: Make) -> None:
     """128 slots hold 124 tokens of context and not the next 5."""
     harness = make()

@@ -185,21 +185,20 @@ class KvMemory:
             self._versions[pages.full[first // size]] += 1
 
     def append(self, fresh: Sequence[Block], blocks: Sequence[Block], added: Added, content: RowContent) -> None:
-        """`store`, and the full layers' also behind the context that the tokens' row of `blocks` holds: it is laid out
-        with them. Sliding layers' contexts move on, and are laid out again.
+        """`store`, and the full layers' also behind the context that their row of `blocks` holds, all of it good.
+
+        So they are laid out. Sliding layers' contexts move on, and are laid out again.
         """
         size = self.limits.page_size
         for new, block in zip(fresh, blocks, strict=True):
             if new.group.kind == FULL:
                 extent = (added.count * new.group.token_bytes, new.group.kv_heads, len(new.group.tensors))
                 self.device.copy(block.at(added.row, added.position), new.at(added.row, 0), extent)
-        before = self._versions[added.pages.full]
         self.store(fresh, added)
         for first, last in page_spans(added.position, added.position + added.count, size):
             index, page = first // size, int(added.pages.full[first // size])
-            good = content.pages[index] == page and content.versions[index] == before[index]
-            content.pages[index] = page if good or first % size == 0 else -1
-            content.versions[index], content.tokens[index] = self._versions[page], last - index * size
+            content.pages[index], content.versions[index] = page, self._versions[page]
+            content.tokens[index] = last - index * size
 
     def move(self, blocks: Sequence[Block], source: int, target: int, position: int) -> None:
         """Copy a row's `position` tokens of context to another row."""
