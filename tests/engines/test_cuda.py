@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import pytest
 
 from dgemma_runtime.contract import Engine, Manifest
 from dgemma_runtime.engines.bindings import Bindings
+from dgemma_runtime.engines.device import Array
 from dgemma_runtime.engines.emulated_cuda import EmulatedCuda, Status
 from dgemma_runtime.engines.emulated_tensorrt import EmulatedTensorRt
 from dgemma_runtime.engines.factory import open_engine
@@ -268,15 +269,23 @@ def test_a_graph_for_which_there_is_no_memory_is_said_once_and_not_needed(
 def test_no_memory_for_a_context_changes_nothing(machine: Machine) -> None:
     """TensorRT says so in words only."""
     harness = machine.open()
-    sequences = {slot: harness.prefilled(10 + slot) for slot in range(2)}
+    sequences, new = {slot: harness.prefilled(10 + slot) for slot in range(2)}, harness.prefilled(12)
     harness.denoise(sequences)
     machine.library.words = "[api.cpp::createContext::9] Error Code 2: OutOfMemory (Requested size was 1 bytes.)"
     machine.library.refuses.add("create_execution_context")
     for _ in range(2):
         with pytest.raises(EngineMemoryError, match=r"TensorRT's execution contexts need more bytes, .* are free"):
-            harness.denoise({0: sequences[0]}, {1: sequences[1]})
+            harness.denoise({0: sequences[0], 2: new}, {1: sequences[1]})
     machine.library.refuses.clear()
+    calls, function = [], machine.library.program.function
+
+    def watched(profile: int, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        calls.append(len(inputs["position"]))
+        function(profile, inputs, outputs)
+
+    machine.library.program.function = watched
     harness.denoise({0: sequences[0]}, {1: sequences[1]})
+    assert calls == [2], "the canvas that could not start has no row"
     harness.denoise(sequences)
     machine.close(harness.engine)
 

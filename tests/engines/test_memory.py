@@ -70,7 +70,6 @@ def test_a_canvas_without_memory_is_an_error_and_changes_nothing(make: Make) -> 
         with pytest.raises(EngineMemoryError, match=words):
             harness.denoise({**short, 4: first, 5: second})
         harness.denoise({**short, 4: first})
-        assert sum(workspace.occupied for workspace in harness.engine._workspaces) == 4, "the new one left nothing"
         harness.check_pages(first)
     harness.end(first)
     for _ in range(3):
