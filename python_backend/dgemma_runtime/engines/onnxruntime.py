@@ -95,7 +95,6 @@ class OnnxRuntimeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        options.enable_mem_pattern = False  # would keep a block for every shape of a call: gigabytes in a long prefill
         options.enable_mem_pattern = False  # it would keep a plan, and memory for it, of every length of context
         return options
 
