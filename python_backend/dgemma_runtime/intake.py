@@ -1,4 +1,4 @@
-"""Makes an accepted request of what a client asks for, or refuses it. Knows tokens and lengths, no queue and no engine."""
+"""Makes an accepted request of what a client asks for, or refuses it. Knows tokens and lengths; no queue, no engine."""
 
 from __future__ import annotations
 
@@ -71,12 +71,13 @@ class Intake:
         if left < 1:
             raise InvalidRequest(
                 field,
-                f"{context}, the prompt has {prompt_tokens}; shorten it by at least {1 - left} to leave room for one",
+                f"{context}, the prompt has {prompt_tokens}; shorten it by at least {1 - left} to leave room for one "
+                "(the limit is the server's max_model_len)",
             )
         if asked is not None and asked > left:
             raise InvalidRequest(
                 "max_tokens",
                 f"{context}, but the prompt has {prompt_tokens} and max_tokens asks for {asked} more "
-                f"({prompt_tokens + asked} together); ask for at most {left}",
+                f"({prompt_tokens + asked} together); ask for at most {left} (the limit is the server's max_model_len)",
             )
         return left if asked is None else asked

@@ -225,11 +225,11 @@ def test_the_same_seed_gives_the_same_tokens_without_a_seed_they_differ(start: S
             {},
             "^text_input: .*maximum context length is 256 tokens, the prompt has 256; shorten it by at least 1",
         ),
-        (np.zeros(300, np.int32), {}, "^input_ids: .*maximum context length is 256 tokens, the prompt has 300"),
+        (np.zeros(300, np.int32), {}, "^input_ids: .*context length is 256 tokens, the prompt has 300.*max_model_len"),
         (
             "go",
             {"max_tokens": 254},
-            r"^max_tokens: .*maximum context length is 256 tokens.*\(257 together\).*at most 253",
+            r"^max_tokens: .*maximum context length is 256 tokens.*\(257 together\).*at most 253 .*max_model_len",
         ),
         ("go", {"end_id": 364}, "^end_id: must be from 0 to 363, got 364"),
     ],
