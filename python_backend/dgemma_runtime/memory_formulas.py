@@ -55,7 +55,7 @@ def limits_of(spec: ModelSpec, sequences: int, context: int, chunk: int) -> Engi
 # ---------------------------------------------------------------- onnxruntime
 
 PROCESS_BYTES = 75_000_000  # Python, numpy, onnxruntime with its session, measured with onnxruntime 1.31 on Linux
-_SCORE_COPIES, _MASK_COPIES, _LOGIT_COPIES = 1.05, 3.5, 4
+_SCORE_COPIES, _MASK_COPIES, _LOGIT_COPIES = 1.05, 4.5, 4
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def host_memory(spec: ModelSpec, work: LayerWork, weights: int, limits: EngineLi
 
     Exact are the weights, the page pools and the rows of caches. What ONNX Runtime allocates during a call is an
     estimate, fitted to measured processes (two models, 2,048 to 262,144 tokens, 1 to 8 sequences) and within a tenth of
-    each: attention's scores once, its masks three and a half times, in a denoising step four times the logits.
+    each: attention's scores once, its masks four and a half times, in a denoising step four times the logits.
     """
     token, canvas, batch = token_bytes(spec, "fp32"), spec.canvas_length, limits.max_batch_size
     slots, laid_out = slots_for(context), laid_out_tokens(limits, context)
@@ -107,15 +107,15 @@ def host_memory(spec: ModelSpec, work: LayerWork, weights: int, limits: EngineLi
         weights=weights,
         packed_embedding=2 * spec.vocab_size * spec.hidden_size * 4,
         kv_pools=page_pool_bytes(spec, "fp32", limits),
-        workspaces=token.full * laid_out + token.sliding * (batch + 1) * tail,
+        workspaces=token.full * laid_out + token.sliding * batch * tail,
         activations=max(call(slots, chunk, chunk), steps + 4 * _LOGIT_COPIES * batch * canvas * spec.vocab_size),
     )
 
 
 def laid_out_tokens(limits: EngineLimits, context: int) -> int:
-    """Of contexts in rows of caches beside the pages: of every sequence, and of one twice, when its prompt ends."""
+    """Of contexts in rows of caches beside the pages, of every sequence."""
     slots, batch = slots_for(context), limits.max_batch_size
-    return min((batch + 1) * slots, limits.full_pages * limits.page_size + slots + batch * KEPT_SLOTS)
+    return min(batch * slots, limits.full_pages * limits.page_size + batch * KEPT_SLOTS)
 
 
 # ---------------------------------------------------------------- TensorRT

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dgemma_build.bench.worker import peak_memory_bytes
-from dgemma_runtime.contract import DenoiseRow, EncodeRow, Engine, SequencePages
+from dgemma_runtime.contract import CommitRow, DenoiseRow, EncodeRow, Engine, SequencePages
 from dgemma_runtime.engines.factory import open_engine
 from dgemma_runtime.settings import RuntimeSettings
 
@@ -45,7 +45,7 @@ def serve_whole(engine: Engine, context: int) -> None:
             for slot, table in enumerate(tables)
         ]
         engine.denoise(rows)
-    engine.encode([EncodeRow(ids[:canvas], position, table) for table in tables])
+    engine.denoise([], [CommitRow(slot, ids[:canvas], position, table) for slot, table in enumerate(tables)])
 
 
 def _tables(engine: Engine, batch: int) -> list[SequencePages]:
