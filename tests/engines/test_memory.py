@@ -123,9 +123,10 @@ def test_canvases_for_which_packing_finds_no_room_come_back(make: Make) -> None:
     device.memory_bytes = device.allocated_bytes - 60_000
     with pytest.raises(EngineMemoryError):
         harness.denoise({**sequences, 3: harness.prefilled(400)})
-    for _ in range(2):
+    for ended in (None, 1, 2):
+        others = {slot: one for slot, one in sequences.items() if slot != ended}
         with pytest.raises(EngineMemoryError):
-            harness.denoise(sequences)
+            harness.denoise(others, {} if ended is None else {ended: sequences[ended]})
     harness.end(sequences.pop(0))
     harness.denoise({1: sequences[1]})
     device.memory_bytes = free

@@ -129,7 +129,8 @@ class TensorRtEngine:
         shape = (len(rows), self.spec.canvas_length)
         argmax, sampled = np.empty(shape, np.int32), np.empty(shape, np.int32)
         entropies = np.empty(shape, np.float32)
-        new = [row.slot for row in rows if row.first_step] + [row.slot for row in commits if not self._has_canvas(row)]
+        new = [row.slot for row in rows if row.first_step]
+        new += [commit.slot for commit in commits if not self._has_canvas(commit) and commit.slot not in self._parked]
         try:
             batches = self._with_room(lambda: self._prepare(rows, commits))
         except EngineMemoryError:
@@ -143,9 +144,6 @@ class TensorRtEngine:
             argmax[batch.members] = results["argmax_ids"][chosen]
             sampled[batch.members] = results["sampled_ids"][chosen]
             entropies[batch.members] = results["entropies"][chosen]
-            for commit in batch.commits:
-                if commit.position + self.spec.canvas_length > batch.workspace.slots:
-                    self.release(commit.slot)  # the next canvas will be elsewhere
         return DenoiseResult(argmax, sampled, entropies)
 
     def release(self, slot: int) -> None:
@@ -176,9 +174,10 @@ class TensorRtEngine:
 
     def _prepare(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow]) -> list[_Batch]:
         """All that takes memory, so that what follows cannot fail for want of it. May be done again."""
-        for row in rows:
-            if row.slot in self._parked and not row.first_step:
-                self._bring_back(row.slot)
+        going_on = [row.slot for row in rows if not row.first_step] + [commit.slot for commit in commits]
+        for slot in going_on:
+            if slot in self._parked:
+                self._bring_back(slot)
         missing = [(row.position, row.slot, row.pages) for row in rows if row.first_step]
         missing += [(commit.position, commit.slot, commit.pages) for commit in commits if not self._has_canvas(commit)]
         for position, slot, pages in sorted(missing, key=lambda one: -one[0]):  # shorter contexts join longer ones
@@ -193,7 +192,7 @@ class TensorRtEngine:
         return batches
 
     def _has_canvas(self, row: CommitRow) -> bool:
-        workspace = None if row.slot in self._parked else self._where.get(row.slot)
+        workspace = self._where.get(row.slot)
         return workspace is not None and workspace.has_canvas(row.slot, row.position)
 
     def _leave(self, slot: int) -> None:
