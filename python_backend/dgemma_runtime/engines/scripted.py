@@ -192,7 +192,8 @@ class ScriptedEngine:
 
     def _commit(self, row: CommitRow) -> None:
         slot = self._slots[row.slot]
-        assert not slot.committed and slot.steps, "only a canvas that was denoised is committed"
+        assert slot.steps, "only a canvas that was denoised is committed"
+        assert not slot.committed
         assert row.token_ids.shape == (self.manifest.model.canvas_length,)
         assert np.array_equal(slot.context, self._context(row.pages, row.position)), (
             "a commit belongs behind its context"
