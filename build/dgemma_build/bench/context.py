@@ -3,7 +3,7 @@
 One canvas of the demo model behind contexts of 1,024 to 262,144 tokens, on the engine in this process. Times are of the
 engine's own calls; a step's is the least of several, so that a busy machine shows less. Its split is taken in a second
 engine with ONNX Runtime's profiler on: kernels that touch an array as long as the context are the full layers'
-attention, the rest of the call is everything else, with what the profiler costs.
+attention; the rest are all other kernels and the engine's own work around the library's, with the profiler's cost.
 Pages are filled with keys and values of random tokens, in chunks without a context: how long a step takes does not
 depend on what they are.
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Point:
     context: int  # tokens, canvas included
     step_ms: float
     attention_ms: float  # of a step: the full layers' attention, masks included
-    rest_ms: float  # of a step: everything else, what is outside of the library included
+    rest_ms: float  # of a step: other kernels, and the engine around the library; less what passes between kernels
     lay_out_ms: float  # once a sequence: the first step's time above a step's
     next_canvas_ms: float  # the same of the canvas behind a commit, whose context is there
     commit_ms: float  # of a canvas, alone in its call
@@ -148,26 +149,37 @@ def _split(directory: Path, context: int) -> tuple[float, float]:
     whole = [_ms(sequence.step, position, False) for _ in range(_steps(context))]
     events = engine.profile()
     engine.close()
-    attention = _long_kernels(events, slots_for(context))[-len(whole) :]
-    rest = [total - part for total, part in zip(whole, attention, strict=True)]
-    return min(attention), min(rest)
+    runs = _kernels(events, slots_for(context))[-len(whole) :]
+    rest = [run.others_ms + total - run.ms for total, run in zip(whole, runs, strict=True)]
+    return min(run.attention_ms for run in runs), min(rest)
 
 
-def _long_kernels(events: Sequence[dict[str, Any]], slots: int) -> list[float]:
-    """Milliseconds that each run of the session spent in kernels over an array with an axis of `slots`."""
-    runs = [[event["ts"], event["ts"] + event["dur"], 0.0] for event in events if event["name"] == "model_run"]
+@dataclass
+class _Run:
+    """One run of the session, by the profiler."""
+
+    start: int  # microseconds
+    ms: float
+    attention_ms: float = 0.0  # of kernels over an array with an axis as long as the caches
+    others_ms: float = 0.0  # of all other kernels
+
+
+def _kernels(events: Sequence[dict[str, Any]], slots: int) -> list[_Run]:
+    """In the order of time."""
+    runs = sorted((_Run(each["ts"], each["dur"] / 1000) for each in events if each["name"] == "model_run"), key=_start)
     for event in events:
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
-            arguments = event["args"]
-            shapes = [
-                shape
-                for given in arguments["input_type_shape"] + arguments["output_type_shape"]
-                for shape in given.values()
-            ]
-            if any(slots in shape for shape in shapes):
-                run = next(run for run in runs if run[0] <= event["ts"] <= run[1])
-                run[2] += event["dur"] / 1000
-    return [run[2] for run in sorted(runs)]
+            given = event["args"]["input_type_shape"] + event["args"]["output_type_shape"]
+            run = runs[bisect(runs, event["ts"], key=_start) - 1]
+            if any(slots in shape for shapes in given for shape in shapes.values()):
+                run.attention_ms += event["dur"] / 1000
+            else:
+                run.others_ms += event["dur"] / 1000
+    return runs
+
+
+def _start(run: _Run) -> int:
+    return run.start
 
 
 def measure(directory: Path, contexts: Sequence[int], say: Callable[[str], None]) -> list[Point]:
