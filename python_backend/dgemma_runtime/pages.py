@@ -31,6 +31,7 @@ class PagePool:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.evictions = 0  # published pages that were taken
+        self.holds = 0  # of pages by sequences; a shared page counts as often as it is held
         self._free = list(range(num_pages - 1, -1, -1))
         self._references = [0] * num_pages
         self._idle: tuple[OrderedDict[int, None], ...] = (OrderedDict(), OrderedDict())  # passing, kept
@@ -79,6 +80,7 @@ class PagePool:
         del self._free[len(self._free) - pages :]
         for page in taken:
             self._references[page] = 1
+        self.holds += pages
         return np.array(taken, dtype=np.int32)
 
     def share(self, pages: Iterable[int]) -> None:
@@ -87,11 +89,13 @@ class PagePool:
             if not self._references[page]:
                 self._remove_idle(page)
             self._references[page] += 1
+            self.holds += 1
 
     def give_back(self, pages: Iterable[int], keep: bool = True) -> None:
         """Hold them once less. With `keep` they outlive passing ones; give the most valuable back last."""
         for page in pages:
             self._references[page] -= 1
+            self.holds -= 1
             assert self._references[page] >= 0
             if self._references[page]:
                 continue
@@ -129,9 +133,6 @@ class PagePool:
     def is_exact(self, page: int) -> bool:
         return page in self._exact
 
-    def is_idle(self, page: int) -> bool:
-        return not self._references[page] and page in self._keys
-
     def _evict(self) -> None:
         pages = self._idle[0] or self._idle[1]
         page, _ = pages.popitem(last=False)
@@ -156,6 +157,7 @@ class PagePool:
         assert all(page in self._keys for page in idle)
         assert not any(page in self._keys for page in self._free)
         assert self._exact <= self._keys.keys()
+        assert self.holds == sum(self._references)
 
 
 @dataclass(frozen=True)

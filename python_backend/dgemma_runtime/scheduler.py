@@ -173,39 +173,43 @@ class Scheduler:
             if request.pages is None:  # lost them to a more important one just now
                 continue
             end = len(request.tokens)
-            while (missing := request.pages.missing(end)) > self.full_pages.available:
+            while request.pages.missing(end) > self._room:
                 victim = max(self._running, key=_rank)
                 draft.preempted.append(self._preempt(victim))
                 if victim is request:
                     break
             else:
-                assert missing <= self.full_pages.available
                 request.pages.extend(end)
                 draft.commit.append(request)
 
     def _admit(self, draft: _Draft) -> None:
         while self._waiting:
             request = self._waiting[0]
-            match = self._find(request)
-            while not self._fits(request, match):
+            while not self._fits(request):
                 last = max(self._running, key=_rank, default=None)
                 if last is None or last.parameters.priority <= request.parameters.priority or last in draft.commit:
                     return
                 draft.preempted.append(self._preempt(last))
-                match = self._find(request)
             self._waiting.pop(0)
-            self._start(request, match)
+            self._start(request, self._find(request))
             draft.admitted.append(request)
 
-    def _fits(self, request: LiveRequest, match: Match) -> bool:
+    @property
+    def _room(self) -> int:
+        """Full pages that running sequences may hold besides those they do.
+
+        A shared page counts for each of them, as an engine lays out every sequence's whole context for its calls, and
+        was given memory for as many as there are pages.
+        """
+        return self.full_pages.num_pages - self.full_pages.holds
+
+    def _fits(self, request: LiveRequest) -> bool:
         """A slot, pages for what is known and for one more canvas."""
         if len(self._running) >= self._most_running:
             return False
         most = self._most_cached(request)
-        need = self._rules.pages(min(len(request.tokens) + self._canvas_length, most)) - match.prefix.pages
-        taken = sum(self.full_pages.is_idle(page) for page in match.prefix.full.tolist())
-        sliding = self._rules.need(most).sliding
-        return need + taken <= self.full_pages.available and sliding <= self.sliding_pages.unreserved
+        full = self._rules.pages(min(len(request.tokens) + self._canvas_length, most))
+        return full <= self._room and self._rules.need(most).sliding <= self.sliding_pages.unreserved
 
     def _start(self, request: LiveRequest, match: Match) -> None:
         need, size = self._rules.need(self._most_cached(request)), self._rules.page_size

@@ -437,6 +437,15 @@ def test_a_window_that_is_gone_is_kept_the_second_time() -> None:
     assert ask(3000) == 60
 
 
+def test_a_shared_page_counts_for_everyone_who_lays_it_out() -> None:
+    scheduler = make(cache=True, full=24)
+    serve(scheduler, request(tokens(48), scheduler=scheduler))
+    for name in ("b", "c"):
+        scheduler.add(request(tokens(48), max_tokens=2 * CANVAS, name=name, scheduler=scheduler))
+    assert names(scheduler.plan().admitted) == ["b"], "12 pages that are shared, and room for two more"
+    assert (scheduler.full_pages.used, scheduler.full_pages.holds) == (12, 12)
+
+
 def test_salts_keep_prefixes_apart() -> None:
     scheduler = make(cache=True)
     live = request(tokens(30))
