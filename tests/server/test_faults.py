@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 STEP_TIMEOUT_S = 3.0  # also without a heartbeat
 ERROR_S = 5.0  # a client may wait so long for its error
-STATUS = {"triton_grpc_error": "true"}  # an error of the model ends the stream with its status
 
 
 @dataclass
@@ -229,7 +228,7 @@ def test_sigterm_under_load(narrow: Path, call: type[Caller]) -> None:
         caller = call(server)
 
         def start(**request: Any) -> Any:
-            return stack.enter_context(caller.stream(headers=STATUS, **request))
+            return stack.enter_context(caller.stream(**request))
 
         channel = stack.enter_context(grpc.insecure_channel(server.grpc_url))
         requests = iter([message(text_input="forever", stream=True, stream_previews=True)])
@@ -253,7 +252,7 @@ def test_sigterm_under_load(narrow: Path, call: type[Caller]) -> None:
             assert stream.finish().text == "a reply"
         assert time.monotonic() - started < 3
         cut = endless.finish()
-        assert cut.error == "[StatusCode.UNAVAILABLE] the server is shutting down"
+        assert "the server is shutting down" in str(cut.error)
         assert cut.text.startswith("and so on")
         assert server.stop() == 0  # though clients keep their streams open, and one does not read its own
         assert time.monotonic() - started < 10
