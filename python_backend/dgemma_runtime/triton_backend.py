@@ -31,7 +31,8 @@ from dgemma_runtime.triton_features import check_triton
 from dgemma_runtime.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
-_WATCH_S = 0.02  # asking costs about 60 us per request, too much for every step of the engine thread
+_WATCH_S, _LONGEST_WATCH_S = 0.02, 0.25
+_WATCH_PER_REQUEST_S = 0.003  # asking costs about 60 us per request, be it waiting or running: 2% of a core
 _IDLE_WATCH_S = 1.0
 _GRACE_S = 5.0  # for requests at `finalize`; Triton has waited for them before, up to its own exit timeout
 
@@ -140,7 +141,10 @@ class TritonBackend:
     def _watch(self) -> None:
         service = self._application.service
         while not self._stopping:
-            self._wake.wait(_WATCH_S if self._live else _IDLE_WATCH_S)
+            if self._live:
+                time.sleep(min(max(_WATCH_S, _WATCH_PER_REQUEST_S * len(self._live)), _LONGEST_WATCH_S))
+            else:
+                self._wake.wait(_IDLE_WATCH_S)
             self._wake.clear()
             if os.getppid() != self._server:  # Triton was killed; without this its requests would run on for nobody
                 os._exit(1)

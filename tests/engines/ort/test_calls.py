@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from dgemma_runtime.contract import EncodeRow, Float32Array, Int32Array, SequencePages
+from dgemma_runtime.contract import SLIDING, EncodeRow, Float32Array, Int32Array, SequencePages
 from dgemma_runtime.engines import ort_pages, ort_rows
+from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from dgemma_runtime.engines.ort_rows import encode_tokens
 
 if TYPE_CHECKING:
@@ -113,6 +114,30 @@ def test_canvases_that_do_not_take_part_keep_their_state(play: Play, make: Make)
                 story.stepped(engine.denoise([story.row()]), 0)
     play.apart(other, alone)
     play.assert_same(cast, alone)
+
+
+def test_what_lies_behind_a_context_is_never_seen(play: Play, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are longer than their contexts, and keep what others left: here loud noise, before every call."""
+    engine, other = make("odd_a"), make("odd_a")
+    cast, alone = play.stories(engine), play.stories(other)
+    run, shouted = OnnxRuntimeEngine._call, []
+
+    def noisy(self: OnnxRuntimeEngine, rows: ort_rows.Rows, count: int, length: int, canvases: int) -> None:
+        if self is engine:
+            for row in range(count):
+                for layer, pair in zip(self.spec.layers, rows.caches, strict=True):
+                    held = int(rows.per_row["sliding_length" if layer.kind == SLIDING else "position"][row])
+                    for cache in pair:
+                        behind = cache[row, :, held:]
+                        behind[:] = 100 * np.sin(np.arange(behind.size)).reshape(behind.shape)
+                        shouted.append(behind.size)
+        run(self, rows, count, length, canvases)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "_call", noisy)
+    play.together(engine, cast)
+    play.apart(other, alone)
+    play.assert_same(cast, alone)
+    assert sum(shouted) > 10**6
 
 
 # ---------------------------------------------------------------- sizes
