@@ -50,7 +50,7 @@ engines: $(ENGINE)/config.json $(RTX_ENGINE)/config.json ## Build every engine t
 	@echo "Up to date: $(^D)"
 
 test: .venv/.test-installed $(ENGINE)/config.json ## Run every test
-	@$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
 
 check: .venv/.test-installed ## Lint, formatting, types and import rules
 	@$(BIN)/ruff check
