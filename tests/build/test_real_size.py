@@ -100,18 +100,13 @@ def test_values_are_normal(real: tuple[Path, int]) -> None:
 # ---------------------------------------------------------------- built for a GPU, on none
 
 
-@pytest.mark.parametrize(
-    ("precision", "kv", "ceiling"),
-    [("bf16", "bf16", SCRATCH), ("fp8", "fp8", SCRATCH_FP8_CACHE), ("int4", "bf16", SCRATCH)],
-)
-def test_it_builds_with_the_whole_context_in_a_gigabyte_of_scratch(
-    real: tuple[Path, int], tmp_path: Path, precision: str, kv: str, ceiling: float
-) -> None:
-    request = BuildRequest(real[0], tmp_path / "engine", "tensorrt_rtx", precision, kv, max_batch_size=1)
+def test_it_builds_with_the_whole_context_in_little_scratch(real: tuple[Path, int], tmp_path: Path) -> None:
+    """In the precision that builds fastest; the acceptance table has the others."""
+    request = BuildRequest(real[0], tmp_path / "engine", "tensorrt_rtx", "fp8", "fp8", max_batch_size=1)
     manifest = build_engine(request)
-    assert (manifest.max_model_len, manifest.precision, manifest.kv_dtype) == (CONTEXT, precision, kv)
-    assert 0.25e9 < manifest.scratch_bytes < ceiling
-    weights = 1.65e9 * {"bf16": 2, "fp8": 1, "int4": 4.5 / 8}[precision]
+    assert (manifest.max_model_len, manifest.precision, manifest.kv_dtype) == (CONTEXT, "fp8", "fp8")
+    assert 0.25e9 < manifest.scratch_bytes < SCRATCH_FP8_CACHE
+    weights = 1.65e9
     assert weights < (tmp_path / "engine/rank0.engine").stat().st_size < 1.1 * weights
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import re
-import signal
 import threading
 import time
 import urllib.request
@@ -220,31 +218,15 @@ def _reload(server: RunningServer) -> None:
         client.load_model("diffusion_gemma", headers=headers)
 
 
-@pytest.mark.parametrize("crash", [False, True])
-def test_metrics_work_after_the_model_was_loaded_again(crash: bool, engine: Path, call: type[Caller]) -> None:
+def test_metrics_work_after_the_model_was_loaded_again(engine: Path, call: type[Caller]) -> None:
+    """As after a failure of the engine. A crash ends the whole server, and its metrics."""
     with running_server(engine) as server:
         ask = call(server)
-        for requests in (1, 2, 3):
+        for _ in range(3):
             ask.infer(text_input="long")
-            expected = 3 * (requests if crash else 1)  # one that ends properly takes its numbers along
-            eventually(server, lambda numbers, expected=expected: numbers["dgemma_canvases_total"] == expected)  # type: ignore[misc]
-            if crash:
-                os.kill(_model_process(server), signal.SIGKILL)
-                last = scrape(server)[UPDATED]
-                time.sleep(0.8)  # three rounds
-                assert scrape(server)[UPDATED] == last
+            # A model that ends takes its numbers along.
+            eventually(server, lambda numbers: numbers["dgemma_canvases_total"] == 3)
             _reload(server)
             eventually(server, lambda numbers: abs(numbers[UPDATED] - time.time()) < 0.5)
         numbers = eventually(server, lambda numbers: numbers["dgemma_healthy"] == 1)
         assert numbers["vllm:num_requests_running"] == 0
-
-
-def _model_process(server: RunningServer) -> int:
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = entry.read_text().partition("(")[2].rpartition(")")
-        except OSError:
-            continue
-        if int(rest.split()[1]) == server.pid and name.startswith("triton_python_b"):
-            return int(entry.parent.name)
-    raise AssertionError("the model has no process")
