@@ -7,6 +7,7 @@ Tests hold them to what running engines take.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import cache
 
@@ -116,6 +117,20 @@ def laid_out_tokens(limits: EngineLimits, context: int) -> int:
     """Of contexts in rows of caches beside the pages, of every sequence."""
     slots, batch = slots_for(context), limits.max_batch_size
     return min(batch * slots, limits.full_pages * limits.page_size + batch * KEPT_SLOTS)
+
+
+def largest(most: int, holds: Callable[[int], bool]) -> int | None:
+    """The largest of 0 .. most for which `holds`, which only ever turns false; None where it never does."""
+    if not holds(0):
+        return None
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        if holds(middle):
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 # ---------------------------------------------------------------- TensorRT

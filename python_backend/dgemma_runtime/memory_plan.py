@@ -18,9 +18,10 @@ from dgemma_runtime.memory_formulas import (
     LayerWork,
     device_memory,
     host_memory,
+    largest,
     page_pool_bytes,
 )
-from dgemma_runtime.settings import PageChoices, RuntimeSettings, in_units, largest, plan_limits, within_kv_memory
+from dgemma_runtime.settings import PageChoices, RuntimeSettings, in_units, plan_limits, within_kv_memory
 
 HOST_BACKENDS = ("onnxruntime", "scripted")
 _RESERVE_BYTES, _RESERVE_SHARE = 2**29, 0.1  # kept free: the larger of the two on a CPU, the first on a GPU

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from dgemma_runtime.contract import EngineLimits, Manifest
 from dgemma_runtime.errors import ConfigurationError
-from dgemma_runtime.memory_formulas import page_pool_bytes
+from dgemma_runtime.memory_formulas import largest, page_pool_bytes
 from dgemma_runtime.pages import PageRules
 
 _PREFIX_TOKENS = 262_144  # at most, beyond whole contexts of all that run at once
@@ -153,20 +152,6 @@ class PageChoices:
             full_pages=self.least.full_pages + choice - windows,
             sliding_pages=self.least.sliding_pages + windows * self.window_pages,
         )
-
-
-def largest(most: int, holds: Callable[[int], bool]) -> int | None:
-    """The largest of 0 .. most for which `holds`, which only ever turns false; None where it never does."""
-    if not holds(0):
-        return None
-    least = 0
-    while least < most:
-        middle = (least + most + 1) // 2
-        if holds(middle):
-            least = middle
-        else:
-            most = middle - 1
-    return least
 
 
 def in_units(size: int) -> str:

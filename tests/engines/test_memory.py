@@ -113,6 +113,21 @@ def test_a_prompt_without_memory_is_an_error_and_changes_nothing(make: Make) -> 
     harness.denoise({**sequences, 3: short, 4: long})
 
 
+def test_what_an_encoder_had_before_it_found_no_memory_is_read_again(make: Make) -> None:
+    """Its row is given up for a longer one; where that fails, nothing of it is left."""
+    harness = make()
+    long, short = harness.prefilled(250), harness.prefilled(100)
+    harness.encode([long], [10])
+    harness.encode([short], [1])  # the row holds this one's context
+    free = harness.device.memory_bytes
+    harness.device.memory_bytes = 0
+    with pytest.raises(EngineMemoryError):
+        harness.encode([long], [10])
+    harness.device.memory_bytes = free
+    harness.encode([short], [1])
+    harness.denoise({0: short})
+
+
 def test_canvases_for_which_packing_finds_no_room_come_back(make: Make) -> None:
     """Somebody else took the memory meanwhile. Soft embeddings are kept for whoever is not released."""
     harness = make(limits=(4, 24, 4, 800, 120))

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dgemma_build.bench.__main__ import DEMO, MID, ROOT, THREADS, prepare
+from dgemma_build.bench.figure import GREEN, GREY, svg_figure
 from dgemma_build.bench.report import Environment, rounded
 from dgemma_build.bench.scenario import Level, Scenario, Workload
 from dgemma_build.bench.worker import Worker
@@ -192,42 +193,32 @@ def json_line(points: Sequence[Point], environment: Environment) -> str:
 
 def plot(points: Sequence[Point], environment: Environment, path: Path) -> None:
     """Throughput and time to the first canvas over the number of requests, a row per model."""
-    import matplotlib as mpl  # here, since only a full run draws
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "dgemma"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
     names = list(dict.fromkeys(point.scenario for point in points))
-    figure, axes = plt.subplots(len(names), 3, figsize=(9, 2.6 * len(names)), squeeze=False)
-    for row, name in zip(axes, names, strict=True):
-        chosen = [point for point in points if point.scenario == name]
-        counts = [point.concurrency for point in chosen]
-        alone = [point.engine_alone_tokens_per_second for point in chosen]
-        row[0].plot(counts, alone, "o--", color="#9aa5b1", markersize=4, label="engine alone")
-        row[0].plot(
-            counts, [point.tokens_per_second for point in chosen], "o-", color="#76b900", markersize=4, label="server"
-        )
-        row[1].plot(
-            counts, [point.first_canvas_p95_ms for point in chosen], "o--", color="#9aa5b1", markersize=4, label="p95"
-        )
-        row[1].plot(
-            counts, [point.first_canvas_p50_ms for point in chosen], "o-", color="#76b900", markersize=4, label="p50"
-        )
-        row[2].plot(counts, [point.batch_size for point in chosen], "o-", color="#76b900", markersize=4)
-        for axis, title in zip(row, ("tokens/s", "time to first canvas, ms", "canvases per pass"), strict=True):
-            axis.set_title(f"{name}: {title}", fontsize=8)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(counts, [str(count) for count in counts])
-            axis.set_ylim(bottom=0)
-            axis.tick_params(labelsize=7)
-            axis.spines[["top", "right"]].set_visible(False)
-        for axis in row[:2]:
-            axis.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"Requests at once, fixed steps; {environment}", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    title = f"Requests at once, fixed steps; {environment}"
+    with svg_figure(path, title, (9, 2.6 * len(names)), rows=len(names), columns=3) as axes:
+        for row, name in zip(axes, names, strict=True):
+            chosen = [point for point in points if point.scenario == name]
+            counts = [point.concurrency for point in chosen]
+            alone = [point.engine_alone_tokens_per_second for point in chosen]
+            row[0].plot(counts, alone, "o--", color=GREY, markersize=4, label="engine alone")
+            row[0].plot(
+                counts, [point.tokens_per_second for point in chosen], "o-", color=GREEN, markersize=4, label="server"
+            )
+            row[1].plot(
+                counts, [point.first_canvas_p95_ms for point in chosen], "o--", color=GREY, markersize=4, label="p95"
+            )
+            row[1].plot(
+                counts, [point.first_canvas_p50_ms for point in chosen], "o-", color=GREEN, markersize=4, label="p50"
+            )
+            row[2].plot(counts, [point.batch_size for point in chosen], "o-", color=GREEN, markersize=4)
+            for axis, title in zip(row, ("tokens/s", "time to first canvas, ms", "canvases per pass"), strict=True):
+                axis.set_title(f"{name}: {title}", fontsize=8)
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(counts, [str(count) for count in counts])
+                axis.set_ylim(bottom=0)
+                axis.tick_params(labelsize=7)
+            for axis in row[:2]:
+                axis.legend(fontsize=7, frameon=False)
 
 
 def write(points: Sequence[Point], environment: Environment, directory: Path) -> None:

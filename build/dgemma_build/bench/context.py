@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dgemma_build.bench.__main__ import DEMO, ROOT, THREADS, prepare
+from dgemma_build.bench.figure import GREEN, svg_figure
 from dgemma_build.bench.report import Environment, rounded
 from dgemma_build.signals import exit_on_sigterm
 from dgemma_runtime.contract import CommitRow, DenoiseRow, EncodeRow, EngineLimits, SequencePages
@@ -225,45 +226,34 @@ def json_line(points: Sequence[Point], environment: Environment) -> str:
 
 def plot(points: Sequence[Point], environment: Environment, path: Path) -> None:
     """A step's two parts over the context, and what happens once a canvas or once a sequence."""
-    import matplotlib as mpl  # here, since only a full run draws
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "dgemma"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
     contexts = [point.context for point in points]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
-    panels: tuple[tuple[str, str, dict[str, list[float]]], ...] = (
-        (
-            "one denoising step",
-            "ms",
-            {
-                "full layers' attention": [point.attention_ms for point in points],
-                "everything else": [point.rest_ms for point in points],
-            },
-        ),
-        (
-            "once",
-            "ms",
-            {
-                "a sequence: context laid out": [point.lay_out_ms for point in points],
-                "a canvas: commit": [point.commit_ms for point in points],
-            },
-        ),
-        ("prefill", "tokens/s", {"a chunk of 512": [point.prefill_tokens_per_s for point in points]}),
-    )
-    for axis, (title, unit, lines) in zip(axes, panels, strict=True):
-        for (label, values), colour in zip(lines.items(), ("#76b900", "#52616f"), strict=False):
-            axis.plot(contexts, values, "o-", label=label, color=colour, markersize=4)
-        axis.set(title=title, xlabel="context, tokens", ylabel=unit, xscale="log", yscale="log")
-        axis.set_xticks(contexts, [f"{context // 1024}k" for context in contexts], fontsize=7)
-        axis.minorticks_off()
-        axis.legend(fontsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Demo model, one canvas; {environment}", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with svg_figure(path, f"Demo model, one canvas; {environment}", (11, 3.2), columns=3) as axes:
+        panels: tuple[tuple[str, str, dict[str, list[float]]], ...] = (
+            (
+                "one denoising step",
+                "ms",
+                {
+                    "full layers' attention": [point.attention_ms for point in points],
+                    "everything else": [point.rest_ms for point in points],
+                },
+            ),
+            (
+                "once",
+                "ms",
+                {
+                    "a sequence: context laid out": [point.lay_out_ms for point in points],
+                    "a canvas: commit": [point.commit_ms for point in points],
+                },
+            ),
+            ("prefill", "tokens/s", {"a chunk of 512": [point.prefill_tokens_per_s for point in points]}),
+        )
+        for axis, (title, unit, lines) in zip(axes[0], panels, strict=True):
+            for (label, values), colour in zip(lines.items(), (GREEN, "#52616f"), strict=False):
+                axis.plot(contexts, values, "o-", label=label, color=colour, markersize=4)
+            axis.set(title=title, xlabel="context, tokens", ylabel=unit, xscale="log", yscale="log")
+            axis.set_xticks(contexts, [f"{context // 1024}k" for context in contexts], fontsize=7)
+            axis.minorticks_off()
+            axis.legend(fontsize=7)
 
 
 def write(points: Sequence[Point], environment: Environment, directory: Path) -> None:

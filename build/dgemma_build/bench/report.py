@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from dgemma_build.bench.figure import GREEN, GREY, svg_figure
 from dgemma_build.bench.scenario import Cell, speedup
 
 SERVER, ENGINE = "server over gRPC", "engine in process"
@@ -144,28 +145,17 @@ def rounded(value: Any) -> Any:
 
 def plot(cells: Sequence[Cell], environment: Environment, path: Path) -> None:
     """Tokens per second as bars, a panel per model and concurrency."""
-    import matplotlib as mpl  # here, since only a full run draws
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "dgemma"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
     places = list(dict.fromkeys((cell.scenario, cell.concurrency) for cell in cells))
-    figure, axes = plt.subplots(1, len(places), figsize=(3.1 * len(places), 3.2), squeeze=False)
-    for axis, place in zip(axes[0], places, strict=True):
-        chosen = [cell for cell in cells if (cell.scenario, cell.concurrency) == place]
-        colours = ["#9aa5b1" if cell.contender in BASELINES else "#76b900" for cell in chosen]
-        names = [
-            cell.contender.replace(", ", ",\n").replace(" over", "\nover").replace(" in", "\nin") for cell in chosen
-        ]
-        bars = axis.bar(names, [cell.tokens_per_second for cell in chosen], color=colours)
-        axis.bar_label(bars, fmt="{:,.0f}", fontsize=8)
-        axis.set_title(f"{place[0]}, {place[1]} at once", fontsize=9)
-        axis.tick_params(axis="x", labelsize=6)
-        axis.tick_params(axis="y", labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("tokens/s", fontsize=8)
-    figure.suptitle(f"Fixed steps; {environment}", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with svg_figure(path, f"Fixed steps; {environment}", (3.1 * len(places), 3.2), columns=len(places)) as axes:
+        for axis, place in zip(axes[0], places, strict=True):
+            chosen = [cell for cell in cells if (cell.scenario, cell.concurrency) == place]
+            colours = [GREY if cell.contender in BASELINES else GREEN for cell in chosen]
+            names = [
+                cell.contender.replace(", ", ",\n").replace(" over", "\nover").replace(" in", "\nin") for cell in chosen
+            ]
+            bars = axis.bar(names, [cell.tokens_per_second for cell in chosen], color=colours)
+            axis.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+            axis.set_title(f"{place[0]}, {place[1]} at once", fontsize=9)
+            axis.tick_params(axis="x", labelsize=6)
+            axis.tick_params(axis="y", labelsize=7)
+        axes[0][0].set_ylabel("tokens/s", fontsize=8)

@@ -15,7 +15,7 @@ from dgemma_build.plan.runtime_memory import runtime_memory
 from dgemma_build.plan.scratch import Scratch, scratch_bytes
 from dgemma_build.plan.weights import PlannedWeight, bytes_by_part, planned_weights
 from dgemma_runtime.errors import ConfigurationError
-from dgemma_runtime.memory_formulas import DeviceMemory
+from dgemma_runtime.memory_formulas import DeviceMemory, largest
 
 CONTEXTS = (8_192, 65_536, 262_144)  # tokens
 _MOST_SEQUENCES = 4096
@@ -143,18 +143,12 @@ def memory_needed(model: Model, options: PlanOptions, sequences: int, context: i
 def sequences_that_fit(model: Model, options: PlanOptions, memory_bytes: int, context: int) -> int:
     """How many sequences of `context` tokens run at once, at most `max_batch_size`."""
     most = options.max_batch_size or _MOST_SEQUENCES
-    return _largest(0, most, lambda count: memory_needed(model, options, count, context) <= memory_bytes)
+    return _most(most, lambda count: memory_needed(model, options, count, context) <= memory_bytes)
 
 
-def _largest(least: int, most: int, holds: Callable[[int], bool]) -> int:
-    """The largest number above `least` and up to `most` for which `holds`, which only ever turns false; or `least`."""
-    while least < most:
-        middle = (least + most + 1) // 2
-        if holds(middle):
-            least = middle
-        else:
-            most = middle - 1
-    return least
+def _most(most: int, holds: Callable[[int], bool]) -> int:
+    """The largest number up to `most` for which `holds`, which only ever turns false; or 0."""
+    return largest(most, lambda count: count == 0 or holds(count)) or 0
 
 
 # ---------------------------------------------------------------- what would help
@@ -169,9 +163,9 @@ def _remedies(model: Model, options: PlanOptions, card: Card, context: int) -> l
     helping = [words for words, changed in _variants(options, card) if fits(changed)]
     found = [words[0] for words in helping if len(words) == 1] or [" ".join(words) for words in helping[:1]]
     if options.max_batch_size:
-        batch = _largest(0, options.max_batch_size - 1, lambda count: fits(replace(options, max_batch_size=count)))
+        batch = _most(options.max_batch_size - 1, lambda count: fits(replace(options, max_batch_size=count)))
         found += [f"--max-batch-size {batch}"] if batch else []
-    shorter = _CONTEXT_STEP * _largest(0, context // _CONTEXT_STEP, lambda count: fits(options, count * _CONTEXT_STEP))
+    shorter = _CONTEXT_STEP * _most(context // _CONTEXT_STEP, lambda count: fits(options, count * _CONTEXT_STEP))
     if shorter > model.config.spec.canvas_length:
         found.append(f"--max-model-len {shorter}")
     return found or ["no option here helps; take a GPU with more memory"]

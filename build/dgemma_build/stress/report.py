@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from dgemma_build.bench.figure import GREEN, GREY, svg_figure
 from dgemma_build.bench.report import Environment
 from dgemma_build.stress.load import WEIGHTS
 from dgemma_build.stress.run import Stressed
@@ -71,30 +72,20 @@ def _record(run: Stressed) -> dict[str, Any]:
 
 def plot(runs: Sequence[Stressed], environment: Environment, path: Path) -> None:
     """Memory, requests and pages over time, a column per variant."""
-    import matplotlib as mpl  # here, since only a written run draws
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "dgemma"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(3, len(runs), figsize=(4.5 * len(runs), 5.2), squeeze=False, sharex="col", sharey="row")
-    for column, run in enumerate(runs):
-        seconds = [one.seconds for one in run.samples]
-        memory, requests, pages = axes[:, column]
-        memory.set_title(f"{run.variant}, {run.load.clients} clients", fontsize=9)
-        memory.plot(seconds, [one.resident_bytes / 1e6 for one in run.samples], color="#76b900")
-        requests.plot(seconds, [one.waiting for one in run.samples], color="#9aa5b1", label="waiting")
-        requests.plot(seconds, [one.running for one in run.samples], color="#76b900", label="running")
-        pages.plot(seconds, [100 * one.pages for one in run.samples], color="#76b900")
-        pages.set_xlabel("seconds", fontsize=8)
-    for axis, label in zip(axes[:, 0], ("resident MB", "requests", "pages in use, %"), strict=True):
-        axis.set_ylabel(label, fontsize=8)
-    for axis in axes.flat:
-        axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=7)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1][0].legend(fontsize=7, frameon=False)
-    figure.suptitle(str(environment), fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    size = (4.5 * len(runs), 5.2)
+    with svg_figure(path, str(environment), size, rows=3, columns=len(runs), sharex="col", sharey="row") as axes:
+        for column, run in enumerate(runs):
+            seconds = [one.seconds for one in run.samples]
+            memory, requests, pages = axes[:, column]
+            memory.set_title(f"{run.variant}, {run.load.clients} clients", fontsize=9)
+            memory.plot(seconds, [one.resident_bytes / 1e6 for one in run.samples], color=GREEN)
+            requests.plot(seconds, [one.waiting for one in run.samples], color=GREY, label="waiting")
+            requests.plot(seconds, [one.running for one in run.samples], color=GREEN, label="running")
+            pages.plot(seconds, [100 * one.pages for one in run.samples], color=GREEN)
+            pages.set_xlabel("seconds", fontsize=8)
+        for axis, label in zip(axes[:, 0], ("resident MB", "requests", "pages in use, %"), strict=True):
+            axis.set_ylabel(label, fontsize=8)
+        for axis in axes.flat:
+            axis.set_ylim(bottom=0)
+            axis.tick_params(labelsize=7)
+        axes[1][0].legend(fontsize=7, frameon=False)

@@ -60,7 +60,7 @@ class Encoder:
         slots = self._slots if fits else slots_for(need, bindings)
         if slots > self._allocated:
             free_blocks(self._shared.memory, self._memory)
-            self._allocated = 0  # should there be no memory for more
+            self._allocated = self._slots = 0  # should there be no memory for more, nothing of what was there is left
             self._memory = allocate_blocks(self._shared.memory, 1, slots)
             self._allocated = slots
         if slots != self._slots:  # what is there lies elsewhere with another number of slots
