@@ -61,7 +61,6 @@ class Metrics(Observer):
         self._histograms = {
             family.name: _Histogram(family.name, family.bounds) for family in FAMILIES if family.kind == "histogram"
         }
-        self._last_commits: dict[LiveRequest, int] = {}
         self._engine_until = 0  # engine time up to this moment is counted
 
     def counters(self, statistics: ServiceStatistics) -> dict[Series, float]:
@@ -99,22 +98,18 @@ class Metrics(Observer):
             self._worked("denoise" if canvases else "encode", started, ended)
 
     def committed(self, request: LiveRequest, steps: int, tokens: int, started: int, ended: int) -> None:
-        before = self._last_commits.get(request)
-        self._last_commits[request] = ended
-        histograms = self._histograms
+        line, histograms = request.timeline, self._histograms
         with self._lock:
             self._counts["dgemma_canvases_total", ""] += 1
             self._counts["dgemma_output_tokens_total", ""] += tokens
             histograms["dgemma_canvas_steps"].observe(steps)
             histograms["dgemma_tokens_per_forward"].observe(tokens / steps)
-            if before is None:
-                since = ended - request.timeline.submitted
-                histograms["dgemma_time_to_first_canvas_seconds"].observe(since * _NS)
+            if line.last_commit:
+                histograms["dgemma_time_between_canvases_seconds"].observe((ended - line.last_commit) * _NS)
             else:
-                histograms["dgemma_time_between_canvases_seconds"].observe((ended - before) * _NS)
+                histograms["dgemma_time_to_first_canvas_seconds"].observe((ended - line.submitted) * _NS)
 
     def finished(self, request: LiveRequest, event: Finished) -> None:
-        self._last_commits.pop(request, None)
         statistics, histograms = event.statistics, self._histograms
         with self._lock:
             self._counts["dgemma_requests_finished_total", event.reason] += 1

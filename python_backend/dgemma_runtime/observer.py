@@ -32,7 +32,10 @@ class Observer:
         """One denoising pass over that many canvases, with so many commits beside them."""
 
     def committed(self, request: LiveRequest, steps: int, tokens: int, started: int, ended: int) -> None:
-        """A canvas was emitted: after `steps` denoising steps, with `tokens` of output, between these moments."""
+        """A canvas was emitted: after `steps` denoising steps, with `tokens` of output, between these moments.
+
+        `request.timeline` still says when the one before was.
+        """
 
     def encoded(self, request: LiveRequest, started: int, ended: int) -> None:
         """A committed canvas was encoded into the cache."""

@@ -44,6 +44,7 @@ class Timeline:
     admitted: int = 0  # for the first time
     prefilled: int = 0
     first_commit: int = 0
+    last_commit: int = 0
     canvas_started: int = 0  # the present one, or the last
 
 

@@ -338,10 +338,10 @@ class Service:
     def _commit(self, request: LiveRequest, canvas: Canvas) -> None:
         emitted = request.output.commit(canvas.argmax_ids)
         now = time.monotonic_ns()
-        request.timeline.first_commit = request.timeline.first_commit or now
-        started = request.timeline.canvas_started
+        line = request.timeline
         commit = Commit(emitted.text, emitted.token_ids, request.canvas_index, canvas.step)
-        self._observer.committed(request, canvas.step, len(emitted.token_ids), started, now)
+        self._observer.committed(request, canvas.step, len(emitted.token_ids), line.canvas_started, now)
+        line.first_commit, line.last_commit = line.first_commit or now, now
         request.end_canvas(canvas.argmax_ids)
         if not self._send(request, commit):
             return

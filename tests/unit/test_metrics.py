@@ -19,7 +19,7 @@ from dgemma_runtime.metrics_publisher import MetricsPublisher
 from dgemma_runtime.parameters import default_parameters
 from dgemma_runtime.service import Service
 from dgemma_runtime.statistics import ServiceStatistics
-from dgemma_runtime.testing import EOS, Recorder, scripted_engine, small_settings, submit, tiny_codec
+from dgemma_runtime.testing import EOS, scripted_engine, small_settings, submit, tiny_codec
 
 ANSWERS = {"one": "a short one", "two": "another answer, of several canvases"}
 LIMITS = EngineLimits(4, 16, 5, 100, 50)
@@ -121,18 +121,6 @@ def test_refusals_and_failures_by_kind(metrics: Metrics) -> None:
     assert errors == {"InvalidRequest": 1, "Overloaded": 0, "EngineError": 1, "InternalError": 1}
     assert found["dgemma_requests_finished_total", "error"] == 1
     service.stop()
-
-
-def test_a_cancelled_request_leaves_nothing_behind(metrics: Metrics, service: Service) -> None:
-    recorder = Recorder()
-    recorder_two = submit(service, "two")
-    submit(service, "two", sink=recorder, max_tokens=200, end_id=-1)
-    recorder_two.finished()
-    for request in list(service._scheduler.live()):
-        service.cancel(request.request_id)
-    recorder.finished()
-    service.stop()
-    assert metrics._last_commits == {}
 
 
 def test_rows_of_one_call_count_its_time_once(metrics: Metrics, service: Service) -> None:

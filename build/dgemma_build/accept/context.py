@@ -21,13 +21,11 @@ LINEAR_FROM = 16_384  # tokens
 
 
 def _step_over_context(setting: Setting) -> Result:
-    contexts = context.QUICK_CONTEXTS if setting.quick else context.CONTEXTS
-    points = context.measure(setting.engine("demo"), contexts, lambda text: None)
+    points = context.measure(setting.engine("demo"), context.CONTEXTS, lambda text: None)
     per_token = [point.attention_ms / point.context for point in points if point.context >= LINEAR_FROM]
     rest = [point.rest_ms for point in points]
     linear, flat = max(per_token) / min(per_token), max(rest) / min(rest)
-    if not setting.quick:
-        context.write(points, Environment.here(THREADS), ROOT / "benchmarks")
+    context.write(points, Environment.here(THREADS), ROOT / "benchmarks")
     figure = (
         f"attention per token within {linear:.2f}x, rest {min(rest):.1f} to {max(rest):.1f} ms, "
         f"{points[-1].step_ms:.0f} ms a step at {points[-1].context:,}"
@@ -42,7 +40,7 @@ def long_case(model: Model, tokens: int, seed: int) -> Case:
     return Case(tuple(prompt.tolist()), seed, canvases=2, adaptive=False, max_denoising_steps=4)
 
 
-def long_prompt(tokens: int, quick: bool) -> Row:
+def long_prompt(tokens: int) -> Row:
     """Prefill in chunks here, at once there; seeds are tried until a run has no near tie."""
 
     def measure(setting: Setting) -> Result:
@@ -64,7 +62,7 @@ def long_prompt(tokens: int, quick: bool) -> Row:
         details = {"seed": seed, "near_ties": near_ties(trace), "ours_s": ours_s, "theirs_s": theirs_s}
         return Result(figure, equal == len(trace.output_ids) and not near_ties(trace), details)
 
-    return Row(f"a prompt of {tokens:,} tokens against the oracle, demo", "token-exact", measure, quick)
+    return Row(f"a prompt of {tokens:,} tokens against the oracle, demo", "token-exact", measure, quick=False)
 
 
 ROWS: tuple[Row, ...] = (
@@ -75,6 +73,6 @@ ROWS: tuple[Row, ...] = (
         _step_over_context,
         quick=False,
     ),
-    long_prompt(8192, quick=False),  # CI has a test of it
-    long_prompt(32_768, quick=False),
+    long_prompt(8192),  # CI has a test of it
+    long_prompt(32_768),
 )

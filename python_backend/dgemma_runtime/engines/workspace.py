@@ -83,9 +83,8 @@ class _Call:
             for place in kept:
                 self._workspace.keep_soft(place, 1)
             self._workspace.small.results.download()
-        elif self._captured() is not None:
-            assert self._graph
-            self._graph.launch()
+        elif (graph := self._captured()) is not None:
+            graph.launch()
         else:
             self._step()
         self._ran = True
