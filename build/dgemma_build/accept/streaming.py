@@ -18,6 +18,7 @@ from dgemma_runtime.server_process import MODEL_NAME, default_model_repository
 
 CANVASES, THREADS = 4, 2
 BAR_MS = 2.0
+QUICK_BAR_MS = 10.0  # in CI, where other work shares the cores
 
 # Behind the model's own file: notes when the engine thread commits a canvas. Changes nothing else.
 _TIMED = """
@@ -61,7 +62,7 @@ def _streaming(setting: Setting) -> Result:
     average, longest = mean(latencies_ms), max(latencies_ms)
     figure = f"{early} of {requests} first canvases in time; mean {average:.2f} ms, longest {longest:.1f} ms"
     details = {"latencies_ms": [round(value, 3) for value in latencies_ms]}
-    return Result(figure, early == requests and average <= BAR_MS, details)
+    return Result(figure, early == requests and average <= (QUICK_BAR_MS if setting.quick else BAR_MS), details)
 
 
 def patched_repository(folder: Path, code: str) -> Path:

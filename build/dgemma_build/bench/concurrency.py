@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from dgemma_build.bench.__main__ import DEMO, MID, ROOT, THREADS, prepare
 from dgemma_build.bench.figure import GREEN, GREY, svg_figure
-from dgemma_build.bench.report import Environment, rounded
+from dgemma_build.bench.report import Environment, points_line
 from dgemma_build.bench.scenario import Level, Scenario, Workload
 from dgemma_build.bench.worker import Worker
 from dgemma_build.signals import exit_on_sigterm
@@ -185,12 +185,6 @@ def table(points: Sequence[Point], environment: Environment) -> Table:
     return result
 
 
-def json_line(points: Sequence[Point], environment: Environment) -> str:
-    """Everything, on one line."""
-    content = {"benchmark": "concurrency", **asdict(environment), "points": [asdict(point) for point in points]}
-    return json.dumps(rounded(content))
-
-
 def plot(points: Sequence[Point], environment: Environment, path: Path) -> None:
     """Throughput and time to the first canvas over the number of requests, a row per model."""
     names = list(dict.fromkeys(point.scenario for point in points))
@@ -224,7 +218,7 @@ def plot(points: Sequence[Point], environment: Environment, path: Path) -> None:
 def write(points: Sequence[Point], environment: Environment, directory: Path) -> None:
     """The JSON line and the plot as files."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / RESULT).write_text(json_line(points, environment) + "\n")
+    (directory / RESULT).write_text(points_line("concurrency", points, environment) + "\n")
     plot(points, environment, directory / PLOT)
 
 
@@ -241,7 +235,7 @@ def main() -> None:
     with console.status("starting") as status:
         points = run(arguments.quick, status.update)
     console.print(table(points, environment))
-    print(json_line(points, environment))
+    print(points_line("concurrency", points, environment))
     if output := arguments.output or (None if arguments.quick else ROOT / "benchmarks"):
         write(points, environment, output)
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from dgemma_build.bench.__main__ import DEMO, ROOT, THREADS, prepare
 from dgemma_build.bench.figure import GREEN, svg_figure
-from dgemma_build.bench.report import Environment, rounded
+from dgemma_build.bench.report import Environment, points_line
 from dgemma_build.signals import exit_on_sigterm
 from dgemma_runtime.contract import CommitRow, DenoiseRow, EncodeRow, EngineLimits, SequencePages
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -218,12 +218,6 @@ def table(points: Sequence[Point], environment: Environment) -> Table:
     return result
 
 
-def json_line(points: Sequence[Point], environment: Environment) -> str:
-    """Everything, on one line."""
-    content = {"benchmark": "context", **asdict(environment), "points": [asdict(point) for point in points]}
-    return json.dumps(rounded(content))
-
-
 def plot(points: Sequence[Point], environment: Environment, path: Path) -> None:
     """A step's two parts over the context, and what happens once a canvas or once a sequence."""
     contexts = [point.context for point in points]
@@ -259,7 +253,7 @@ def plot(points: Sequence[Point], environment: Environment, path: Path) -> None:
 def write(points: Sequence[Point], environment: Environment, directory: Path) -> None:
     """The JSON line and the plot as files."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / RESULT).write_text(json_line(points, environment) + "\n")
+    (directory / RESULT).write_text(points_line("context", points, environment) + "\n")
     plot(points, environment, directory / PLOT)
 
 
@@ -275,7 +269,7 @@ def main() -> None:
     with console.status("starting") as status:
         points = measure(DEMO.engine, QUICK_CONTEXTS if arguments.quick else CONTEXTS, status.update)
     console.print(table(points, environment))
-    print(json_line(points, environment))
+    print(points_line("context", points, environment))
     if output := arguments.output or (None if arguments.quick else ROOT / "benchmarks"):
         write(points, environment, output)
 

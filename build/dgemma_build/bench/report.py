@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from dgemma_build.bench.figure import GREEN, GREY, svg_figure
 from dgemma_build.bench.scenario import Cell, speedup
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SERVER, ENGINE = "server over gRPC", "engine in process"
 BASELINES = ("transformers", "transformers, compiled")
@@ -131,16 +134,22 @@ def json_line(cells: Sequence[Cell], environment: Environment) -> str:
         "cells": [asdict(cell) for cell in cells],
         "ratios": [asdict(ratio) for ratio in ratios(cells)],
     }
-    return json.dumps(rounded(content))
+    return json.dumps(_rounded(content))
 
 
-def rounded(value: Any) -> Any:
+def points_line(benchmark: str, points: Sequence[DataclassInstance], environment: Environment) -> str:
+    """Everything of a benchmark whose figures are a list of points, on one line."""
+    content = {"benchmark": benchmark, **asdict(environment), "points": [asdict(point) for point in points]}
+    return json.dumps(_rounded(content))
+
+
+def _rounded(value: Any) -> Any:
     """Every number in it to five digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def plot(cells: Sequence[Cell], environment: Environment, path: Path) -> None:

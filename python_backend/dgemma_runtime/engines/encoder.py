@@ -16,7 +16,8 @@ from dgemma_runtime.engines.call_memory import (
     slots_for,
     smallest_slots,
 )
-from dgemma_runtime.engines.kv_memory import Added, Block, RowContent
+from dgemma_runtime.engines.kv_memory import Added, Block
+from dgemma_runtime.engines.row_content import RowContent
 from dgemma_runtime.engines.workspace import Shared
 
 

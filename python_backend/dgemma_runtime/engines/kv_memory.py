@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from dgemma_runtime.contract import (
     FULL,
@@ -25,6 +24,7 @@ from dgemma_runtime.contract import (
     sliding_slots,
 )
 from dgemma_runtime.engines.device import ALIGNMENT, STORAGE, Device, HostBytes, Pitched
+from dgemma_runtime.engines.row_content import RowContent, Versions, page_spans, page_tokens
 
 KEYS, VALUES = 0, 1  # places in what `cache_dtypes` gives
 
@@ -104,23 +104,6 @@ class Added:
     pages: SequencePages
 
 
-class RowContent:
-    """Which full-layer pages a row of a block holds copies of. A page's copy is good while its version is the same."""
-
-    def __init__(self, slots: int, page_size: int) -> None:
-        pages = -(-slots // page_size)
-        self.pages = np.full(pages, -1, np.int32)
-        self.versions = np.zeros(pages, np.int64)
-        self.tokens = np.zeros(pages, np.int32)  # of each page, from its first on
-
-    def take(self, other: RowContent, position: int, page_size: int) -> None:
-        """The first `position` tokens are now copies of the other row's."""
-        count = -(-position // page_size)
-        self.pages[:count], self.versions[:count] = other.pages[:count], other.versions[:count]
-        copied = position - page_size * np.arange(count)
-        self.tokens[:count] = np.minimum(other.tokens[:count], copied)
-
-
 class KvMemory:
     """The page pools, and what is copied between them and blocks. `blocks` are one per group, in order."""
 
@@ -128,8 +111,7 @@ class KvMemory:
         self.device, self.spec, self.limits = device, spec, limits
         self.groups = layer_groups(spec, kv_dtype)
         self._page_bytes = [group.page_token_bytes * limits.page_size for group in self.groups]
-        # Counts the writes to a full page: same page and same version is same content, whoever holds it.
-        self._versions: npt.NDArray[np.int64] = np.zeros(limits.full_pages, np.int64)
+        self._versions: Versions = np.zeros(limits.full_pages, np.int64)
         self._pools: list[int] = []
         for group, size in zip(self.groups, self._page_bytes, strict=True):
             pages = limits.sliding_pages if group.kind == SLIDING else limits.full_pages
@@ -154,17 +136,14 @@ class KvMemory:
     ) -> None:
         """Make a row hold `position` tokens of context; copies of full pages that are still good are left alone."""
         size = self.limits.page_size
-        count = -(-position // size)
+        tokens = page_tokens(position, size)
+        count = len(tokens)
         chosen = pages.full[:count]
         if any(group.kind == FULL for group in self.groups):
-            tokens = np.minimum(size, position - size * np.arange(count)).astype(np.int32)
-            versions = self._versions[chosen]
-            stale = content.pages[:count] != chosen
-            stale |= content.versions[:count] != versions
-            stale |= content.tokens[:count] < tokens
+            stale = content.stale(position, pages.full, self._versions)
             for index in np.flatnonzero(stale).tolist():
                 self._copy_pages(blocks, FULL, row, int(chosen[index]), 0, index * size, int(tokens[index]))
-            content.pages[:count], content.versions[:count] = chosen, versions
+            content.pages[:count], content.versions[:count] = chosen, self._versions[chosen]
             content.tokens[:count][stale] = tokens[stale]
         start = position - self.sliding_length(position)
         for first, last in page_spans(start, position, size):
@@ -239,11 +218,3 @@ class KvMemory:
         values: HostBytes = part.reshape(shape).copy()
         self.device.free_host_bytes(part)
         return values
-
-
-def page_spans(start: int, stop: int, size: int) -> Iterable[tuple[int, int]]:
-    """Cut positions [start, stop) at page borders."""
-    while start < stop:
-        end = min(stop, start - start % size + size)
-        yield start, end
-        start = end

@@ -12,28 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dgemma_runtime.contract import SLIDING, EngineLimits, Int32Array, ModelSpec, SequencePages
+from dgemma_runtime.engines.row_content import RowContent, Versions, page_spans, page_tokens
 
 Float32Array = npt.NDArray[np.float32]
 RowCaches = Sequence[tuple[Float32Array, Float32Array]]  # keys and values by layer
-
-
-class RowContent:
-    """Which pages of the full layers a row holds copies of. A copy is good while its page's version is the same."""
-
-    def __init__(self, slots: int, page_size: int) -> None:
-        pages = -(-slots // page_size)
-        self.pages = np.full(pages, -1, np.int32)
-        self.versions = np.zeros(pages, np.int64)
-        self.tokens = np.zeros(pages, np.int32)  # of each page, from its first on
-
-    @property
-    def held(self) -> int:
-        """Tokens of context."""
-        return int(self.tokens[self.pages >= 0].sum())
-
-    def take(self, other: RowContent) -> None:
-        """This row is now a copy of the other."""
-        self.pages[:], self.versions[:], self.tokens[:] = other.pages, other.versions, other.tokens
 
 
 class PagePools:
@@ -46,8 +28,7 @@ class PagePools:
             pages = limits.sliding_pages if layer.kind == SLIDING else limits.full_pages
             shape = (layer.num_key_value_heads, pages, limits.page_size, layer.head_dim)
             self._pools.append((np.zeros(shape, np.float32), np.zeros(shape, np.float32)))
-        # Counts the writes to a page: same page and same version is same content, whoever holds it.
-        self._versions: npt.NDArray[np.int64] = np.zeros(limits.full_pages, np.int64)
+        self._versions: Versions = np.zeros(limits.full_pages, np.int64)
 
     def sliding_length(self, position: int) -> int:
         """Tokens of a context that sliding layers see."""
@@ -55,14 +36,14 @@ class PagePools:
 
     def good_tokens(self, content: RowContent, position: int, pages: SequencePages) -> int:
         """How many of the first `position` tokens a row holds already."""
-        tokens = self._tokens(position)
-        return int(tokens[~self._stale(content, tokens, pages.full)].sum())
+        stale = content.stale(position, pages.full, self._versions)
+        return int(page_tokens(position, self._size)[~stale].sum())
 
     def lay_out(self, caches: RowCaches, content: RowContent, position: int, pages: SequencePages) -> None:
         """Make a row hold `position` tokens of context, to be written behind; full pages that are good stay."""
-        tokens = self._tokens(position)
+        tokens = page_tokens(position, self._size)
         count = len(tokens)
-        stale = np.flatnonzero(self._stale(content, tokens, pages.full))
+        stale = np.flatnonzero(content.stale(position, pages.full, self._versions))
         content.pages[stale] = -1
         content.pages[count:] = -1  # what follows the context is about to be overwritten
         for first, last in _runs(stale):
@@ -97,7 +78,7 @@ class PagePools:
                 for pool, cache in zip(pools, row, strict=True):
                     pool[:, page, first % size : first % size + last - first] = cache[:, slot : slot + last - first]
             self._versions[pages.full[first // size]] += 1
-        tokens = self._tokens(position + length)
+        tokens = page_tokens(position + length, size)
         written = slice(position // size, len(tokens))
         content.pages[written], content.tokens[written] = pages.full[written], tokens[written]
         content.versions[written] = self._versions[pages.full[written]]
@@ -109,19 +90,6 @@ class PagePools:
         where = chosen[positions // self._size], positions % self._size
         keys, values = (pool[:, where[0], where[1]].transpose(1, 0, 2) for pool in self._pools[layer])
         return keys, values
-
-    def _tokens(self, position: int) -> npt.NDArray[np.int64]:
-        """Of each page of a context."""
-        return np.minimum(self._size, position - self._size * np.arange(-(-position // self._size)))
-
-    def _stale(self, content: RowContent, tokens: npt.NDArray[np.int64], pages: Int32Array) -> npt.NDArray[np.bool_]:
-        count = len(tokens)
-        held, chosen = min(count, len(content.pages)), pages[:count]
-        stale = np.ones(count, np.bool_)
-        stale[:held] = content.pages[:held] != chosen[:held]
-        stale[:held] |= content.versions[:held] != self._versions[chosen[:held]]
-        stale[:held] |= content.tokens[:held] < tokens[:held]
-        return stale
 
     def _together(
         self, caches: RowCaches
@@ -147,11 +115,3 @@ def _runs(indices: npt.NDArray[np.intp]) -> Iterator[tuple[int, int]]:
     for run in np.split(indices, borders):
         if len(run):
             yield int(run[0]), int(run[-1]) + 1
-
-
-def page_spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut positions [start, stop) at page borders."""
-    while start < stop:
-        end = min(stop, start - start % size + size)
-        yield start, end
-        start = end

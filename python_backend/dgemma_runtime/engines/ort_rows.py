@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dgemma_runtime.contract import SLIDING, CommitRow, DenoiseRow, EncodeRow, ModelSpec, SequencePages
-from dgemma_runtime.engines.ort_pages import PagePools, RowCaches, RowContent
+from dgemma_runtime.engines.ort_pages import PagePools, RowCaches
+from dgemma_runtime.engines.row_content import RowContent
 
 SMALLEST_SLOTS = 128  # of a row of caches
 KEPT_SLOTS = 4096  # longer rows are given back when nobody is in them
@@ -247,6 +248,6 @@ class Workspace(Rows):
                 cache[target, :, :tokens] = cache[source, :, :tokens]
         for array in (*self.per_row.values(), self.per_canvas["soft_embedding"]):
             array[target] = array[source]
-        self.content[target].take(self.content[source])
+        self.content[target].take(self.content[source], full)
         self._slots[target], self._slots[source] = self._slots[source], None
         self.give_back(source)

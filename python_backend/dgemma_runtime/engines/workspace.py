@@ -19,7 +19,8 @@ from dgemma_runtime.contract import CommitRow, DenoiseRow, SequencePages
 from dgemma_runtime.engines.bindings import DENOISE, ROW_INPUTS, Bindings
 from dgemma_runtime.engines.call_memory import CallMemory, FreshMemory, allocate_blocks, cache_tensors, free_blocks
 from dgemma_runtime.engines.device import Array, Context, Graph, HostBytes, OutOfMemory, Pitched, Program
-from dgemma_runtime.engines.kv_memory import Added, KvMemory, RowContent
+from dgemma_runtime.engines.kv_memory import Added, KvMemory
+from dgemma_runtime.engines.row_content import RowContent
 
 _log = logging.getLogger(__name__)
 
@@ -241,10 +242,10 @@ class Workspace:
             self._move(source, target)
 
     def _move(self, source: int, target: int) -> None:
-        memory, size = self.shared.memory, self.shared.memory.limits.page_size
+        memory = self.shared.memory
         origin, goal = self._rows[source], self._rows[target]
         memory.move(self.blocks, source, target, origin.position)
-        goal.content.take(origin.content, origin.position, size)
+        goal.content.take(origin.content, origin.position)
         goal.slot, goal.last_slot, goal.position, goal.pages = origin.slot, origin.slot, origin.position, origin.pages
         origin.slot = origin.pages = None
         for name in ROW_INPUTS:
