@@ -17,13 +17,14 @@ from dgemma_client.errors import (
     Overloaded,
     ServerError,
 )
-from dgemma_client.events import Delta, Done, Event, Prefill, Preview, Result, ServerInfo, Statistics
+from dgemma_client.events import Delta, Done, Event, Prefill, Preview, Result, ServerInfo, Statistics, Tokens
 from dgemma_client.mock import MockTransport
-from dgemma_client.requests import Message, Parameters
+from dgemma_client.requests import ChatOptions, Message, Parameters
 from dgemma_client.transport import GrpcTransport, Transport
 
 __all__ = [
     "Cancelled",
+    "ChatOptions",
     "Client",
     "ClientError",
     "ConnectError",
@@ -43,5 +44,6 @@ __all__ = [
     "ServerError",
     "ServerInfo",
     "Statistics",
+    "Tokens",
     "Transport",
 ]

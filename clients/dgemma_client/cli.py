@@ -340,6 +340,7 @@ def _document(result: Result) -> Mapping[str, Any]:
     return {
         "text": result.text,
         "finish_reason": result.finish_reason,
+        "stop_reason": result.stop_reason,
         "token_ids": list(result.token_ids),
         "statistics": figures,
     }

@@ -18,8 +18,8 @@ from typing import Self, Unpack
 
 from dgemma_client.collect import Collector
 from dgemma_client.errors import ClientError, DeadlineExceeded, InvalidRequest, ServerError
-from dgemma_client.events import Delta, Done, Event, Result, ServerInfo
-from dgemma_client.requests import InferRequest, Message, Parameters, Prompt, build
+from dgemma_client.events import Delta, Done, Event, Result, ServerInfo, Tokens
+from dgemma_client.requests import ChatOptions, InferRequest, Message, Parameters, Prompt, build
 from dgemma_client.transport import GrpcTransport, Outputs, Transport
 
 DEFAULT_URL = "127.0.0.1:8001"
@@ -71,13 +71,14 @@ class Client:
         input_ids: Sequence[int] | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
         enable_thinking: bool = False,
+        chat: ChatOptions | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
         **parameters: Unpack[Parameters],
     ) -> Result:
         """The whole answer to exactly one of `prompt` (raw text), `messages` (a chat) and `input_ids`.
 
-        `tools` and `enable_thinking` go to the chat template with `messages`.
+        `tools`, `enable_thinking` and `chat` go to the chat template with `messages`.
         Raises any ClientError; its `text` is what had arrived. Cancelling the task cancels the request on the server.
         """
         texts: list[str] = []
@@ -89,6 +90,7 @@ class Client:
             input_ids=input_ids,
             tools=tools,
             enable_thinking=enable_thinking,
+            chat=chat,
             timeout_s=timeout_s,
             request_id=request_id,
             **parameters,
@@ -101,7 +103,40 @@ class Client:
                 elif isinstance(event, Done):
                     done = event
         assert done is not None, "a stream ends with Done or with an error"
-        return Result("".join(texts), tuple(token_ids), done.finish_reason, done.statistics)
+        return Result("".join(texts), tuple(token_ids), done.finish_reason, done.statistics, done.stop_reason)
+
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        input_ids: Sequence[int] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        enable_thinking: bool = False,
+        chat: ChatOptions | None = None,
+        skip_special_tokens: bool = True,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+    ) -> Tokens:
+        """The prompt's token ids and its text, of any length; nothing is generated.
+
+        For `messages` the text is what the chat template makes of them, for `input_ids` what they say, with their
+        special tokens if those are not skipped. Raises any ClientError.
+        """
+        result = await self.generate(
+            prompt,
+            messages=messages,
+            input_ids=input_ids,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            chat=chat,
+            timeout_s=timeout_s,
+            request_id=request_id,
+            max_tokens=0,
+            exclude_input_in_output=False,
+            skip_special_tokens=skip_special_tokens,
+        )
+        return Tokens(result.token_ids, result.text)
 
     async def stream(
         self,
@@ -111,6 +146,7 @@ class Client:
         input_ids: Sequence[int] | None = None,
         tools: Sequence[Mapping[str, object]] | None = None,
         enable_thinking: bool = False,
+        chat: ChatOptions | None = None,
         previews: bool = False,
         timeout_s: float | None = None,
         request_id: str | None = None,
@@ -122,7 +158,7 @@ class Client:
         in `contextlib.aclosing`. Raises any ClientError; its `text` is what had arrived.
         """
         within_s = self._timeout_s if timeout_s is None else _seconds("timeout_s", timeout_s)
-        asked = Prompt(prompt, input_ids, messages, tools, enable_thinking)
+        asked = Prompt(prompt, input_ids, messages, tools, enable_thinking, chat)
         request = build(self._model, request_id or uuid.uuid4().hex, asked, parameters, previews)
         collector = Collector()
         try:

@@ -7,7 +7,7 @@ import time
 from typing import Any, get_args
 
 from dgemma_client.errors import Cancelled, ServerError
-from dgemma_client.events import Delta, Done, Event, FinishReason, Prefill, Preview, Statistics
+from dgemma_client.events import Delta, Done, Event, FinishReason, Prefill, Preview, Statistics, StopReason
 from dgemma_client.tensors import Values
 from dgemma_client.transport import Outputs
 
@@ -67,7 +67,7 @@ class Collector:
             prefix_tokens=int(_figure(served, "prefix_tokens", 0)),
             preemptions=int(_figure(served, "preemptions", 0)),
         )
-        return Done(_REASONS[reason], statistics)
+        return Done(_REASONS[reason], statistics, _stop_reason(served))
 
     def _elapsed_ms(self) -> float:
         return 1000 * (time.monotonic() - self._started)
@@ -93,6 +93,13 @@ def _served(outputs: Outputs) -> dict[str, Any]:
     if not isinstance(served, dict):
         raise ServerError(f"output statistics is {type(served).__name__}; expected a JSON object")
     return served
+
+
+def _stop_reason(served: dict[str, Any]) -> StopReason:
+    value = served.get("stop_reason")
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise ServerError(f"output statistics has stop_reason {value!r}; expected text, a token id or null")
+    return value
 
 
 def _figure(served: dict[str, Any], name: str, missing: float | None = None) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "deadline"]  # the last: the request's deadline_ms has passed
+StopReason = str | int | None  # the stop string or the end token's id that ended the answer, if one did
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Done:
 
     finish_reason: FinishReason
     statistics: Statistics
+    stop_reason: StopReason = None
 
 
 Event = Prefill | Preview | Delta | Done
@@ -83,9 +85,18 @@ class Result:
     token_ids: tuple[int, ...] = field(repr=False)
     finish_reason: FinishReason
     statistics: Statistics
+    stop_reason: StopReason = None
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as the server reads it."""
+
+    ids: tuple[int, ...] = field(repr=False)
+    text: str  # of `messages`, what the chat template made of them
 
 
 @dataclass(frozen=True)

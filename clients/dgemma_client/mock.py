@@ -38,6 +38,7 @@ def delta(text: str, token_ids: Iterable[int] = ()) -> Outputs:
 def final(
     finish_reason: str = "stop",
     *,
+    stop_reason: str | int | None = None,
     input_tokens: int = 1,
     output_tokens: int = 1,
     steps: int = 1,
@@ -47,7 +48,7 @@ def final(
 ) -> Outputs:
     """The last response."""
     counts = {"canvases": canvases, "prefix_tokens": prefix_tokens, "preemptions": preemptions}
-    figures = {**counts, "queue_ms": 0.0, "prefill_ms": 0.0, "engine_ms": 0.0}
+    figures = {**counts, "queue_ms": 0.0, "prefill_ms": 0.0, "engine_ms": 0.0, "stop_reason": stop_reason}
     return {
         "finish_reason": (finish_reason,),
         "num_input_tokens": (input_tokens,),

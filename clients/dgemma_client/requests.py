@@ -39,9 +39,19 @@ class Parameters(TypedDict, total=False):
     priority: int
     deadline_ms: int
     cache_salt: str
+    skip_special_tokens: bool
+    exclude_input_in_output: bool
     guided_decoding_guide_type: str
     guided_decoding_guide: str
     sampling_parameters: Mapping[str, Any]
+
+
+class ChatOptions(TypedDict, total=False):
+    """What else the server does with `messages`, beside the arguments of their own."""
+
+    add_generation_prompt: bool  # a turn of the model is opened behind the last message; the default
+    continue_final_message: bool  # the last message is left open instead
+    chat_template_kwargs: Mapping[str, Any]  # further variables of the checkpoint's template
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Prompt:
     messages: Sequence[Message] | None = None
     tools: Sequence[Mapping[str, object]] | None = None
     enable_thinking: bool = False
+    chat: ChatOptions | None = None
 
     def tensors(self) -> dict[str, Values]:
         given = {
@@ -73,13 +84,17 @@ class Prompt:
         if len(tensors) != 1:
             found = " and ".join(tensors) or "none of them"
             raise InvalidRequest(f"prompt: got {found}; give exactly one of prompt, input_ids and messages")
-        for name in ("tools", "enable_thinking"):
+        for name in ("tools", "enable_thinking", "chat"):
             if getattr(self, name) and self.messages is None:
                 raise InvalidRequest(f"{name}: only the chat template knows it; give the prompt as messages")
         return tensors
 
     def _chat(self, messages: Sequence[Message]) -> dict[str, Any]:
-        chat: dict[str, Any] = {"messages": list(messages)}
+        options = self.chat or {}
+        if unknown := set(options) - set(ChatOptions.__annotations__):
+            known = ", ".join(ChatOptions.__annotations__)
+            raise InvalidRequest(f"chat: {min(unknown)!r} is not an option of a chat; known are {known}")
+        chat: dict[str, Any] = {"messages": list(messages), **options}
         if self.tools is not None:
             chat["tools"] = list(self.tools)
         if self.enable_thinking:

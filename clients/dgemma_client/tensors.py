@@ -21,7 +21,7 @@ Values = tuple[Scalar, ...]  # the elements of one tensor
 INPUTS: dict[str, str] = {  # name -> KServe data type; all of shape [n], n = 1 but for the lists below
     "text_input": "BYTES",
     "input_ids": "INT32",
-    "messages": "BYTES",  # JSON: {"messages": [...], "tools": [...], "enable_thinking": ...}
+    "messages": "BYTES",  # JSON: {"messages": [...], "tools": [...], "enable_thinking": ..., ...}
     "max_tokens": "INT32",
     "min_tokens": "INT32",
     "end_id": "INT32",
@@ -49,6 +49,8 @@ INPUTS: dict[str, str] = {  # name -> KServe data type; all of shape [n], n = 1 
     "cache_salt": "BYTES",
     "stream": "BOOL",
     "stream_previews": "BOOL",
+    "skip_special_tokens": "BOOL",
+    "exclude_input_in_output": "BOOL",
     "return_finish_reason": "BOOL",
     "return_num_input_tokens": "BOOL",
     "return_num_output_tokens": "BOOL",

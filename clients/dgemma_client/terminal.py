@@ -75,7 +75,7 @@ async def show(events: AsyncGenerator[Event], write: Callable[[str], None], live
     assert done is not None, "a stream ends with Done or with an error"
     text = "".join(delta.text for delta in deltas)
     ids = tuple(token for delta in deltas for token in delta.token_ids)
-    return Result(text, ids, done.finish_reason, done.statistics)
+    return Result(text, ids, done.finish_reason, done.statistics, done.stop_reason)
 
 
 def run(runner: asyncio.Runner, work: Coroutine[Any, Any, int]) -> int:

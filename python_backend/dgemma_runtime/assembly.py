@@ -73,13 +73,15 @@ class Application:
         """From what Triton hands over; raises InvalidRequest."""
         parsed = parse_request(tensors, request_parameters, self.service.defaults, timeout_us)
         given = parsed.prompt
-        prompt, is_chat = (self._render(given), True) if isinstance(given, Chat) else (given, False)
-        request = GenerationRequest(prompt, parsed.parameters, request_id, is_chat)
-        echoed_text, echoed_ids = "", np.empty(0, np.int32)
-        if not parsed.options.exclude_input_in_output:
-            assert isinstance(prompt, str)
-            echoed_text, echoed_ids = prompt, self.service.codec.encode(prompt, request.prompt_field)
-        return PreparedRequest(request, parsed.options, echoed_text, echoed_ids)
+        prompt, source = (self._render(given), "messages") if isinstance(given, Chat) else (given, "")
+        request = GenerationRequest(prompt, parsed.parameters, request_id, source)
+        if parsed.options.exclude_input_in_output:
+            return PreparedRequest(request, parsed.options, "", np.empty(0, np.int32))
+        ids = self.service.intake.prompt_ids(request)
+        skip = parsed.parameters.skip_special_tokens
+        text = prompt if isinstance(prompt, str) else self.service.codec.decode(ids, skip)
+        encoded = replace(request, prompt=ids, source=request.prompt_field)  # a long text is encoded once
+        return PreparedRequest(encoded, parsed.options, text, ids)
 
     def warm_up(self) -> None:
         """Two short canvases, so that prefill, denoising and commit have all run; raises EngineError."""
@@ -109,7 +111,13 @@ class Application:
         if self.template is None:
             message = "this engine has no chat template; send the formatted prompt as text_input"
             raise InvalidRequest("messages", message)
-        return self.template.render(chat.messages, chat.tools, enable_thinking=chat.enable_thinking)
+        return self.template.render(
+            chat.messages,
+            chat.tools,
+            add_generation_prompt=chat.add_generation_prompt,
+            continue_final_message=chat.continue_final_message,
+            **chat.variables,
+        )
 
 
 def _load_template(directory: Path) -> ChatTemplate | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from dgemma_runtime.codec import TOKENIZER_CONFIG_FILE, read_json_object, token_
 from dgemma_runtime.errors import CheckpointError, InvalidRequest
 
 TEMPLATE_FILE = "chat_template.jinja"
+_THOUGHT = ("reasoning_content", "thinking", "reasoning")
 Message = Mapping[str, Any]  # a dict at the JSON edge: role, content and whatever else the template reads
 
 
@@ -51,24 +53,82 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Message],
+        /,  # so that variables may have any other name
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
-        enable_thinking: bool = False,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> str:
-        """The prompt's text. Raises InvalidRequest("messages", ...) for messages that the template refuses."""
+        """The prompt's text; `variables` are the template's own, as `enable_thinking`, which is false unless given.
+
+        `continue_final_message` leaves the last message open, and wants no generation prompt behind it. Raises
+        InvalidRequest("messages", ...) for messages that the template refuses, and for a variable with a special
+        token's name.
+        """
         _check_messages(messages)
-        try:
-            return self._template.render(
-                messages=list(messages),
-                tools=None if tools is None else list(tools),
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=enable_thinking,
+        if taken := variables.keys() & self._special_tokens:
+            message = f'"{min(taken)}" in chat_template_kwargs is the tokenizer\'s to say; leave it out'
+            raise InvalidRequest("messages", message)
+        chat, open_end = [_normalized(message) for message in messages], None
+        if continue_final_message:
+            open_end = _OpenEnd(chat)
+        text = self._render(
+            {
+                "enable_thinking": False,
+                **variables,
+                "messages": chat,
+                "tools": None if tools is None else list(tools),
+                "add_generation_prompt": add_generation_prompt,
                 **self._special_tokens,
-            )
+            }
+        )
+        return text if open_end is None else open_end.cut(text)
+
+    def _render(self, context: Mapping[str, Any]) -> str:
+        try:
+            return self._template.render(context)
         except Exception as error:  # noqa: BLE001 - a template is a program; it may raise anything on odd messages
             message = f"the chat template refused them ({type(error).__name__}: {error}); check roles and contents"
             raise InvalidRequest("messages", message) from None
+
+
+class _OpenEnd:
+    """Marks the end of the last message's text in `chat`, so that it is found in what a template makes of it."""
+
+    def __init__(self, chat: list[dict[str, Any]]) -> None:
+        self._mark = f"END{uuid.uuid4().hex} "  # the space tells whether the template strips the text
+        content = chat[-1].get("content")
+        if isinstance(content, list):
+            parts = [dict(part) if isinstance(part, Mapping) else part for part in content]
+            texts = [part for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            self._text = texts[-1]["text"] if texts else None
+            if texts:
+                texts[-1]["text"] += self._mark
+            content = parts
+        elif isinstance(content, str):
+            self._text, content = content, content + self._mark
+        else:
+            self._text = None
+        if self._text is None:
+            raise InvalidRequest("messages", "continue_final_message: the last message has no text to go on from")
+        chat[-1] = {**chat[-1], "content": content}
+
+    def cut(self, text: str) -> str:
+        """The prompt `text` up to the end of the last message."""
+        assert self._text is not None
+        place = text.rfind(self._mark.rstrip())
+        if place < 0 or self._text.strip() not in text[:place]:
+            message = "continue_final_message: the chat template does not show the last message as it is; leave it out"
+            raise InvalidRequest("messages", message)
+        return text[:place] if text.startswith(self._mark, place) else text[:place].rstrip()
+
+
+def _normalized(message: Message) -> dict[str, Any]:
+    """As transformers hands messages to a template: no key without a value, one name for what was thought."""
+    given = {name: value for name, value in message.items() if value is not None}
+    thought = next((given[name] for name in _THOUGHT if name in given), None)
+    return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}
 
 
 def _check_messages(messages: object) -> None:

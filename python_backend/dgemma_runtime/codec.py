@@ -64,11 +64,16 @@ class Codec:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def piece(self, token_id: int) -> str:
-        """The text of one token that is neither special nor a byte; "" for an id the tokenizer does not have."""
+        """The text of one token that is no byte, special or not; "" for an id the tokenizer does not have."""
         piece = self._pieces.get(token_id)
         if piece is None:
-            piece = self._pieces[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=True)
+            piece = self._pieces[token_id] = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return piece
+
+    def decode(self, token_ids: Int32Array, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence [n], as the tokenizer itself has it."""
+        text: str = self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=skip_special_tokens)
+        return text
 
     def special_id(self, text: str) -> int | None:
         """The special token that is written exactly like `text`."""

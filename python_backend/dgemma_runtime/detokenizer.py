@@ -13,6 +13,7 @@ import numpy as np
 
 from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import Int32Array
+from dgemma_runtime.events import StopReason
 
 
 @dataclass(frozen=True)
@@ -22,26 +23,36 @@ class Emitted:
     text: str  # may be sent now
     token_ids: Int32Array  # [n <= canvas_length], the canvas's part of the output
     reason: Literal["stop", "length"] | None  # why the output ends here, if it does
+    stop_reason: StopReason = None
 
 
 class OutputText:
     """The output of one sequence, canvas by canvas.
 
     The output ends at the first of: an end token, the token that completes a stop string, the `max_tokens`-th token.
-    That token is still part of the token ids. The text leaves out special tokens, the end token, the stop string and
-    what follows it, and bytes of a character that the end cut short. Of several stop strings the one completed first
-    counts, among those the one that begins first. Bytes that are no character become U+FFFD.
+    That token is still part of the token ids. The text leaves out special tokens (unless they are not to be skipped),
+    the end token, the stop string and what follows it, and bytes of a character that the end cut short. Of several stop
+    strings the one completed first counts, among those the one that begins first. Bytes that are no character become
+    U+FFFD.
     """
 
     def __init__(
-        self, codec: Codec, max_tokens: int, end_ids: tuple[int, ...] = (), stop: tuple[str, ...] = ()
+        self,
+        codec: Codec,
+        max_tokens: int,
+        end_ids: tuple[int, ...] = (),
+        stop: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
     ) -> None:
         self._codec = codec
         self._remaining = max_tokens
-        # A stop string that is a special token never shows up in the text; it stops as the token it is.
-        special = {text: id_ for text in stop if (id_ := codec.special_id(text)) is not None}
-        self._end_ids = np.array(sorted({*end_ids, *special.values()}), dtype=np.int64)
-        self._stop = tuple(text for text in stop if text not in special)
+        self._skipped = codec.special_ids if skip_special_tokens else frozenset()
+        self.stop_reason: StopReason = None
+        # A stop string that is a special token may never show up in the text; it stops as the token it is.
+        special = {id_: text for text in stop if (id_ := codec.special_id(text)) is not None}
+        self._ends: dict[int, str | int] = {id_: id_ for id_ in end_ids} | special
+        self._end_ids = np.array(sorted(self._ends), dtype=np.int64)
+        self._stop = tuple(text for text in stop if text not in special.values())
         self._utf8 = _utf8_decoder()
         self._held = ""
         self._texts: list[str] = []
@@ -63,6 +74,7 @@ class OutputText:
         self._remaining -= len(emitted.token_ids)
         self._texts.append(emitted.text)
         self._token_ids.append(emitted.token_ids)
+        self.stop_reason = emitted.stop_reason
         return emitted
 
     def preview(self, canvas_ids: Int32Array) -> str:
@@ -73,6 +85,7 @@ class OutputText:
     def _extend(self, canvas_ids: Int32Array) -> tuple[Emitted, str, codecs.IncrementalDecoder]:
         """What the canvas adds, the text held back after it, and the state of the byte decoder; changes nothing."""
         reason: Literal["stop", "length"] | None = None
+        stop_reason: StopReason = None
         ids = canvas_ids
         if len(ids) >= self._remaining:
             ids, reason = ids[: self._remaining], "length"
@@ -80,15 +93,15 @@ class OutputText:
         is_end = np.isin(ids, self._end_ids)
         if is_end.any():
             visible = int(is_end.argmax())
-            ids, reason = ids[: visible + 1], "stop"
+            ids, reason, stop_reason = ids[: visible + 1], "stop", self._ends[int(ids[visible])]
         text, offsets, utf8 = self._decode(ids[:visible])
         text = self._held + text
         if (found := self._find_stop(text)) is not None:
-            start, end = found
+            start, end, stop_reason = found
             last = next(i for i, offset in enumerate(offsets) if len(self._held) + offset >= end)
-            return Emitted(text[:start], ids[: last + 1].copy(), "stop"), "", utf8
+            return Emitted(text[:start], ids[: last + 1].copy(), "stop", stop_reason), "", utf8
         sendable = len(text) if reason else len(text) - self._possible_stop(text)
-        return Emitted(text[:sendable], ids.copy(), reason), text[sendable:], utf8
+        return Emitted(text[:sendable], ids.copy(), reason, stop_reason), text[sendable:], utf8
 
     def _decode(self, ids: Int32Array) -> tuple[str, list[int], codecs.IncrementalDecoder]:
         """The text of `ids` after all before them, and per id the text's length after it."""
@@ -102,19 +115,19 @@ class OutputText:
             if (byte := codec.bytes.get(id_)) is not None:
                 part = utf8.decode(byte)
             else:
-                part = utf8.decode(b"", True) + ("" if id_ in codec.special_ids else codec.piece(id_))
+                part = utf8.decode(b"", True) + ("" if id_ in self._skipped else codec.piece(id_))
             parts.append(part)
             length += len(part)
             offsets.append(length)
         return "".join(parts), offsets, utf8
 
-    def _find_stop(self, text: str) -> tuple[int, int] | None:
-        """(start, end) of the stop string that is complete first; of those the one that starts first."""
-        matches = [(start + len(s), start) for s in self._stop if (start := text.find(s)) >= 0]
+    def _find_stop(self, text: str) -> tuple[int, int, str] | None:
+        """Start, end and text of the stop string that is complete first; of those the one that starts first."""
+        matches = [(start + len(s), start, s) for s in self._stop if (start := text.find(s)) >= 0]
         if not matches:
             return None
-        end, start = min(matches)
-        return start, end
+        end, start, string = min(matches)
+        return start, end, string
 
     def _possible_stop(self, text: str) -> int:
         """The length of the longest end of `text` that could be the beginning of a stop string."""

@@ -10,6 +10,7 @@ from dgemma_runtime.contract import Int32Array
 from dgemma_runtime.statistics import RequestStatistics
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline", "error"]
+StopReason: TypeAlias = str | int | None  # the stop string, the end token's id; None where neither ended the output
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Finished:
     token_ids: Int32Array  # [num_output_tokens]
     statistics: RequestStatistics
     error: str | None = None
+    stop_reason: StopReason = None  # which stop string or end token it was, with the reason "stop"
 
 
 Event: TypeAlias = Prefill | Preview | Commit | Finished

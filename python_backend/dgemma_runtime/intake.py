@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 import uuid
 from collections.abc import Callable
 
@@ -12,9 +13,10 @@ from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import Int32Array
 from dgemma_runtime.detokenizer import OutputText
 from dgemma_runtime.errors import InvalidRequest
-from dgemma_runtime.events import Sink
+from dgemma_runtime.events import Finished, Sink
 from dgemma_runtime.prefix import PageKeys
 from dgemma_runtime.requests import GenerationRequest, LiveRequest, Timeline, as_token_ids
+from dgemma_runtime.statistics import unqueued
 
 MakeKeys = Callable[[str], PageKeys | None]
 
@@ -31,7 +33,7 @@ class Intake:
     ) -> LiveRequest:
         """Raises InvalidRequest."""
         parameters = request.parameters
-        prompt_ids = self._prompt_ids(request)
+        prompt_ids = self.prompt_ids(request)
         for end_id in parameters.end_ids:
             if end_id >= self._vocab_size:
                 raise InvalidRequest("end_id", f"must be from 0 to {self._vocab_size - 1}, got {end_id}")
@@ -42,14 +44,22 @@ class Intake:
             parameters=parameters,
             seed=secrets.randbits(64) if parameters.seed is None else parameters.seed,
             max_tokens=max_tokens,
-            output=OutputText(self._codec, max_tokens, parameters.end_ids, parameters.stop),
+            output=OutputText(
+                self._codec, max_tokens, parameters.end_ids, parameters.stop, parameters.skip_special_tokens
+            ),
             sink=sink,
             is_cancelled=is_cancelled,
             timeline=timeline,
             keys=self._make_keys(parameters.cache_salt),
         )
 
-    def _prompt_ids(self, request: GenerationRequest) -> Int32Array:
+    def tokenized(self, request: GenerationRequest, submitted: int) -> Finished:
+        """The answer to a request with `max_tokens` 0, of any length; raises InvalidRequest."""
+        tokens = len(self.prompt_ids(request))
+        return Finished("length", "", np.empty(0, np.int32), unqueued(tokens, time.monotonic_ns() - submitted))
+
+    def prompt_ids(self, request: GenerationRequest) -> Int32Array:
+        """Checked, whatever the length; raises InvalidRequest."""
         prompt, field = request.prompt, request.prompt_field
         if isinstance(prompt, str):
             if not prompt:

@@ -88,6 +88,9 @@ class LogObserver(Observer):
     def refused(self, request_id: str, kind: str) -> None:
         _log.info("request %s: refused, %s", request_id or "-", kind, extra={"error": kind})
 
+    def tokenized(self, request_id: str, tokens: int) -> None:
+        _log.debug("request %s: %d prompt tokens, and none asked for", request_id, tokens)
+
     def submitted(self, request: LiveRequest) -> None:
         tokens = len(request.prompt_ids)
         figures = {"prompt_tokens": tokens, "max_tokens": request.max_tokens}

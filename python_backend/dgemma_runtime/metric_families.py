@@ -49,6 +49,12 @@ FAMILIES: tuple[Family, ...] = (
     Family("dgemma_requests_accepted_total", "counter", "requests", "Requests that entered the queue"),
     Family("dgemma_requests_finished_total", "counter", "requests", "Requests that ended", "reason", REASONS),
     Family(
+        "dgemma_requests_tokenized_total",
+        "counter",
+        "requests",
+        "Requests with `max_tokens` 0: answered at once with their prompt's tokens, counted nowhere else",
+    ),
+    Family(
         "dgemma_errors_total",
         "counter",
         "errors",

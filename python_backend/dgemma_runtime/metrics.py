@@ -79,6 +79,10 @@ class Metrics(Observer):
             series = ("dgemma_errors_total", kind if kind in ERROR_KINDS else "InternalError")
             self._counts[series] += 1
 
+    def tokenized(self, request_id: str, tokens: int) -> None:
+        with self._lock:
+            self._counts["dgemma_requests_tokenized_total", ""] += 1
+
     def submitted(self, request: LiveRequest) -> None:
         with self._lock:
             self._counts["dgemma_requests_accepted_total", ""] += 1

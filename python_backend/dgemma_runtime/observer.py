@@ -19,6 +19,9 @@ class Observer:
     def refused(self, request_id: str, kind: str) -> None:
         """A request was not accepted: `kind` is the error's class, as InvalidRequest. On any thread."""
 
+    def tokenized(self, request_id: str, tokens: int) -> None:
+        """A request with `max_tokens` 0 was answered with that many tokens of its prompt. On any thread."""
+
     def submitted(self, request: LiveRequest) -> None:
         """A request is accepted and waits. On any thread."""
 

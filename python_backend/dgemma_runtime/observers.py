@@ -22,6 +22,9 @@ class Observers(Observer):
     def refused(self, request_id: str, kind: str) -> None:
         self._call("refused", request_id, kind)
 
+    def tokenized(self, request_id: str, tokens: int) -> None:
+        self._call("tokenized", request_id, tokens)
+
     def submitted(self, request: LiveRequest) -> None:
         self._call("submitted", request)
 

@@ -43,7 +43,7 @@ class Range:
 
 
 RANGES: Mapping[str, Range] = {
-    "max_tokens": Range(1, 2**31 - 1, whole=True),
+    "max_tokens": Range(0, 2**31 - 1, whole=True),  # 0: the prompt's own tokens, nothing is generated
     "seed": Range(0, MAX_SEED, whole=True),
     "max_denoising_steps": Range(1, 1024, whole=True),
     "entropy_bound": Range(1e-9, 1e6, whole=False),  # nats
@@ -82,7 +82,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 SUPPORTED = (
     *("max_tokens", "end_id", "stop", "stop_words", "temperature", "seed", "max_denoising_steps", "entropy_bound"),
     *("t_min", "t_max", "stability_threshold", "confidence_threshold", "stream", "stream_previews"),
-    *("priority", "deadline_ms", "cache_salt"),
+    *("priority", "deadline_ms", "cache_salt", "skip_special_tokens"),
 )
 
 
@@ -106,6 +106,7 @@ class GenerationParameters:
     priority: int = 0  # lower ones are admitted first and preempted last
     deadline_ms: int | None = None  # from submission; the request then ends with what it has
     cache_salt: str = ""  # only requests with the same one share cached prefixes
+    skip_special_tokens: bool = True  # they have no text in the output
 
     def __post_init__(self) -> None:
         for name in ("max_denoising_steps", "entropy_bound", "t_min", "t_max"):
@@ -171,7 +172,7 @@ def parse_parameters(values: Mapping[str, object], defaults: GenerationParameter
             changes["stop"] = _strings(name, given[name])
     if "cache_salt" in given:
         changes["cache_salt"] = _string("cache_salt", given["cache_salt"])
-    for name in ("stream", "stream_previews"):
+    for name in ("stream", "stream_previews", "skip_special_tokens"):
         if name in given:
             changes[name] = _boolean(name, given[name])
     return replace(defaults, **changes)

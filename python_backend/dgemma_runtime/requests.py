@@ -25,13 +25,13 @@ class GenerationRequest:
     prompt: str | Int32Array
     parameters: GenerationParameters
     request_id: str = ""  # "": the service makes one
-    is_chat: bool = False  # the prompt was rendered from `messages`
+    source: str = ""  # the input that the prompt came as; "": as its type says
 
     @property
     def prompt_field(self) -> str:
         """The input that errors about the prompt name."""
-        if self.is_chat:
-            return "messages"
+        if self.source:
+            return self.source
         return "text_input" if isinstance(self.prompt, str) else "input_ids"
 
 

@@ -30,10 +30,6 @@ _STUCK_S = 30.0  # how long `stop` waits for an engine call to return before it 
 _LONGEST_HINT_S = 60
 
 
-def _never() -> bool:
-    return False
-
-
 class Service:
     """Serves requests with one engine. `submit`, `cancel` and `stop` may be called from any thread.
 
@@ -55,7 +51,7 @@ class Service:
         self.failure: str | None = None
         self._engine, self._model = engine, engine.manifest.model
         self._scheduler = Scheduler(self._model, engine.limits, settings)
-        self._intake = Intake(codec, self._model.vocab_size, self.max_model_len, self._scheduler.make_keys)
+        self.intake = Intake(codec, self._model.vocab_size, self.max_model_len, self._scheduler.make_keys)
         self._observer = observer or Observer()
         self._changed = threading.Condition()  # guards the scheduler, `finished` of requests, and these two
         self._draining = self._aborting = False
@@ -78,15 +74,20 @@ class Service:
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, request: GenerationRequest, sink: Sink, is_cancelled: Callable[[], bool] = _never) -> str:
+    def submit(self, request: GenerationRequest, sink: Sink, is_cancelled: Callable[[], bool] = lambda: False) -> str:
         """Queue a request and return its id. `is_cancelled` is polled on the engine thread, once per tick.
 
+        With `max_tokens` 0 nothing is queued: the sink gets its Finished before this returns, on this thread.
         Raises InvalidRequest, Overloaded, or EngineError when the engine has failed; then the sink is never called.
         """
         try:
             self._check_accepting()
             timeline = Timeline(time.monotonic_ns(), self._engine_time.read_ns())
-            live = self._intake.accept(request, sink, is_cancelled, timeline)
+            if request.parameters.max_tokens == 0:
+                sink(answer := self.intake.tokenized(request, timeline.submitted))
+                self._observer.tokenized(request.request_id, answer.statistics.num_input_tokens)
+                return request.request_id
+            live = self.intake.accept(request, sink, is_cancelled, timeline)
             with self._changed:
                 self._check_accepting()
                 self._add(live)
@@ -370,7 +371,8 @@ class Service:
                 self._scheduler.remove(request)
         output = request.output
         statistics = request.statistics(time.monotonic_ns(), self._engine_time.read_ns())
-        event = Finished(reason, output.text, output.token_ids, statistics, error)
+        stop_reason = output.stop_reason if reason == "stop" else None
+        event = Finished(reason, output.text, output.token_ids, statistics, error, stop_reason)
         self._observer.finished(request, event)
         try:
             request.sink(event)

@@ -48,6 +48,24 @@ class RequestStatistics:
     engine_ms: float  # of total_ms, spent inside engine calls, whichever rows they served
 
 
+def unqueued(num_input_tokens: int, nanoseconds: int) -> RequestStatistics:
+    """Of a request that was answered at once, with no output and without the engine."""
+    return RequestStatistics(
+        num_input_tokens=num_input_tokens,
+        num_output_tokens=0,
+        denoising_steps=0,
+        canvases=0,
+        tokens_per_forward=0.0,
+        prefix_tokens=0,
+        preemptions=0,
+        queue_ms=0.0,
+        prefill_ms=0.0,
+        time_to_first_canvas_ms=None,
+        total_ms=nanoseconds / 1e6,
+        engine_ms=0.0,
+    )
+
+
 @dataclass(frozen=True)
 class ServiceStatistics:
     """Since the service started. `host_ms` is the engine thread's time at work outside of engine calls."""

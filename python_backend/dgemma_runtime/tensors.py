@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("cache_salt", "BYTES", "scheduling"),
     TensorSpec("stream", "BOOL", "output"),
     TensorSpec("stream_previews", "BOOL", "output"),
+    TensorSpec("skip_special_tokens", "BOOL", "output"),
     TensorSpec("exclude_input_in_output", "BOOL", "output"),
     TensorSpec("return_log_probs", "BOOL", "output"),
     TensorSpec("return_num_input_tokens", "BOOL", "output"),
@@ -87,7 +88,7 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("num_input_tokens", "INT32", "end"),
     TensorSpec("num_output_tokens", "INT32", "end"),
     TensorSpec("denoising_steps", "INT32", "end"),
-    TensorSpec("statistics", "BYTES", "end"),  # JSON object, the fields of RequestStatistics
+    TensorSpec("statistics", "BYTES", "end"),  # JSON object, the fields of RequestStatistics and `stop_reason`
     TensorSpec("prefilled_tokens", "INT32", "prefill"),  # of num_input_tokens
     TensorSpec("preview_output", "BYTES", "canvas"),
     TensorSpec("canvas_index", "INT32", "canvas"),
@@ -96,6 +97,10 @@ OUTPUTS: tuple[TensorSpec, ...] = (
 _INPUT_SPECS = {spec.name: spec for spec in INPUTS}
 _OUTPUT_SPECS = {spec.name: spec for spec in OUTPUTS}
 _PROMPTS = tuple(spec.name for spec in INPUTS if spec.group == "prompt")
+_THINKING = "enable_thinking"  # may also be among the chat_template_kwargs, where vLLM's clients have it
+_CHAT_KEYS = (
+    *("messages", "tools", _THINKING, "add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+)
 _TEXT_PARAMETERS = {"stop"} | {spec.name for spec in INPUTS if spec.datatype == "BYTES"}
 _RESERVED_PREFIX = "triton_"  # request parameters that Triton's front ends set for themselves
 _NOT_FOR_THE_MODEL = {"id", "traceparent", "tracestate"}  # the request's id (of `/generate`), and headers forwarded
@@ -117,7 +122,9 @@ class Chat:
 
     messages: list[Any]
     tools: list[Any] | None = None
-    enable_thinking: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the template, `enable_thinking` among them
 
 
 @dataclass(frozen=True)
@@ -149,9 +156,6 @@ def parse_request(
     if request_parameters:
         _merge(given, "request parameters", request_parameters)
     options = _options(given)
-    if not options.exclude_input_in_output and isinstance(prompt, np.ndarray):
-        message = "false needs the prompt as text_input or messages; the text of input_ids is not known"
-        raise InvalidRequest("exclude_input_in_output", message)
     if timeout_us:
         deadline_ms = min(-(-timeout_us // 1000), int(RANGES["deadline_ms"].high))
         defaults = replace(defaults, deadline_ms=deadline_ms)
@@ -209,14 +213,39 @@ def _chat(text: str) -> Chat:
         return Chat(value)
     if not isinstance(value, dict) or "messages" not in value:
         raise InvalidRequest("messages", 'must be a JSON list of messages, or an object with the key "messages"')
-    if unknown := set(value) - {"messages", "tools", "enable_thinking"}:
-        raise InvalidRequest("messages", f"unknown key {min(unknown)!r}; known are messages, tools, enable_thinking")
-    chat = Chat(value["messages"], value.get("tools"), value.get("enable_thinking", False))
-    if not isinstance(chat.messages, list) or not isinstance(chat.tools, list | None):
+    if unknown := set(value) - set(_CHAT_KEYS):
+        raise InvalidRequest("messages", f"unknown key {min(unknown)!r}; known are {', '.join(_CHAT_KEYS)}")
+    messages, tools = value["messages"], value.get("tools")
+    if not isinstance(messages, list) or not isinstance(tools, list | None):
         raise InvalidRequest("messages", 'the values of "messages" and "tools" must be lists')
-    if not isinstance(chat.enable_thinking, bool):
-        raise InvalidRequest("messages", f'"enable_thinking" must be true or false, got {chat.enable_thinking!r}')
-    return chat
+    open_end = _flag(value, "continue_final_message", default=False)
+    prompt = _flag(value, "add_generation_prompt", default=not open_end)
+    if open_end and prompt:
+        message = '"continue_final_message" and "add_generation_prompt" exclude each other; set one of them only'
+        raise InvalidRequest("messages", message)
+    return Chat(messages, tools, prompt, open_end, _template_variables(value))
+
+
+def _template_variables(value: Mapping[str, Any]) -> dict[str, Any]:
+    variables = value.get("chat_template_kwargs", {})
+    if not isinstance(variables, dict):
+        raise InvalidRequest("messages", f'"chat_template_kwargs" must be an object, got {type(variables).__name__}')
+    for name in _CHAT_KEYS:
+        if name in variables and (name != _THINKING or name in value):
+            message = f'"{name}" in chat_template_kwargs has a place of its own; give it once, beside "messages"'
+            raise InvalidRequest("messages", message)
+    given = {_THINKING: value[_THINKING]} if _THINKING in value else {}
+    variables = {**variables, **given}
+    if _THINKING in variables:
+        _flag(variables, _THINKING, default=False)
+    return variables
+
+
+def _flag(values: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = values.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidRequest("messages", f'"{name}" must be true or false, got {value!r}')
+    return value
 
 
 def _merge(given: dict[str, Any], source: str, text: str) -> None:
@@ -298,7 +327,7 @@ def finished_outputs(event: Finished, options: OutputOptions, text: str, ids: np
         "output_ids": ids,
         "sequence_index": 0,
         "denoising_steps": statistics.denoising_steps,
-        "statistics": json.dumps(asdict(statistics)),
+        "statistics": json.dumps({**asdict(statistics), "stop_reason": event.stop_reason}),
     }
     if options.return_finish_reason:
         values["finish_reason"] = event.reason

@@ -224,9 +224,8 @@ class _Reply(Lane):
 
     def _send_finished(self, content: Finished) -> None:
         assert self.prepared is not None
-        text, ids = "", np.empty(0, np.int32)
+        text, ids = self._echoed()  # of a stream, where no canvas has brought it
         if not self.prepared.request.parameters.stream:
-            text, ids = self._echoed()
             text, ids = text + content.text, np.concatenate([ids, content.token_ids])
         self._send_last(self._response(finished_outputs(content, self.prepared.options, text, ids)))
 

@@ -11,6 +11,7 @@ import pytest
 
 from dgemma_client import (
     Cancelled,
+    ChatOptions,
     Client,
     ConnectError,
     DeadlineExceeded,
@@ -22,6 +23,7 @@ from dgemma_client import (
     Prefill,
     Preview,
     ServerError,
+    Tokens,
 )
 from dgemma_client.mock import Item, delta, final, prefill, preview, reply
 from dgemma_client.requests import InferRequest
@@ -78,6 +80,43 @@ async def test_a_long_prompt_is_seen_being_read() -> None:
     assert (result.text, result.token_ids) == ("abc", (5, 6))
     figures = result.statistics
     assert (figures.num_input_tokens, figures.prefix_tokens, figures.preemptions) == (1100, 256, 1)
+
+
+@pytest.mark.parametrize("stop_reason", ["\n\n", 106, None])
+async def test_what_ended_an_answer_is_told(stop_reason: str | int | None) -> None:
+    transport = MockTransport(lambda request: [delta("a", [5]), final(stop_reason=stop_reason)])
+    async with Client(transport=transport) as client:
+        result = await client.generate("hi")
+        events = [event async for event in client.stream("hi")]
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert (result.stop_reason, done.stop_reason) == (stop_reason, stop_reason)
+
+
+@pytest.mark.parametrize("odd", [True, 1.5, ["x"]])
+async def test_an_odd_stop_reason_is_the_server_s_error(odd: object) -> None:
+    odd_end = final(stop_reason=odd)  # type: ignore[arg-type]
+    async with Client(transport=MockTransport(lambda request: [odd_end])) as client:
+        with pytest.raises(ServerError, match="statistics has stop_reason"):
+            await client.generate("hi")
+
+
+async def test_tokenize_is_a_request_for_no_tokens() -> None:
+    ended = final("length", input_tokens=3, output_tokens=0, steps=0, canvases=0)
+    transport = MockTransport(lambda request: [{**delta("<bos>hi", [2, 7, 8]), **ended}])
+    async with Client(transport=transport) as client:
+        assert await client.tokenize("hi") == Tokens((2, 7, 8), "<bos>hi")
+        await client.tokenize(input_ids=[2, 7, 8], skip_special_tokens=False)
+        chat: ChatOptions = {"add_generation_prompt": False}
+        await client.tokenize(messages=[{"role": "user", "content": "hi"}], chat=chat, request_id="count-1")
+    for request in transport.requests:
+        assert request.inputs["max_tokens"] == (0,)
+        assert request.inputs["exclude_input_in_output"] == (False,)
+    first, second, third = (request.inputs for request in transport.requests)
+    assert (first["text_input"], first["skip_special_tokens"]) == (("hi",), (True,))
+    assert (second["input_ids"], second["skip_special_tokens"]) == ((2, 7, 8), (False,))
+    assert not json.loads(str(third["messages"][0]))["add_generation_prompt"]
+    assert transport.requests[2].request_id == "count-1"
 
 
 async def test_a_deadline_of_the_server_is_an_answer_with_what_there_is() -> None:

@@ -74,6 +74,28 @@ def test_what_else_the_chat_template_takes() -> None:
             inputs({}, text="x", **{name: chat[name]})
 
 
+def test_how_a_chat_is_rendered() -> None:
+    messages = [{"role": "assistant", "content": "x"}]
+    options = {"continue_final_message": True, "chat_template_kwargs": {"style": [1]}}
+    sent = json.loads(inputs({}, messages=messages, enable_thinking=True, chat=options)["messages"][0])
+    assert sent == {"messages": messages, "enable_thinking": True, **options}
+    assert json.loads(inputs({}, messages=messages, chat={})["messages"][0]) == {"messages": messages}
+    with pytest.raises(InvalidRequest, match=r"chat: only the chat template knows it"):
+        inputs({}, text="x", chat=options)
+    with pytest.raises(InvalidRequest, match=r"chat: 'tools' is not an option of a chat; known are add_gen") as caught:
+        inputs({}, messages=messages, chat={"tools": []})
+    assert caught.value.field == "chat"
+    with pytest.raises(InvalidRequest, match="messages: not JSON"):
+        inputs({}, messages=messages, chat={"chat_template_kwargs": {"x": object()}})
+
+
+def test_options_of_the_output_are_parameters() -> None:
+    sent = inputs({"skip_special_tokens": False, "exclude_input_in_output": False})
+    assert (sent["skip_special_tokens"], sent["exclude_input_in_output"]) == ((False,), (False,))
+    with pytest.raises(InvalidRequest, match="skip_special_tokens: 0 is int; give True or False"):
+        inputs({"skip_special_tokens": 0})
+
+
 @pytest.mark.parametrize(
     "prompt",
     [

@@ -30,7 +30,7 @@ CANVAS = 16  # tokens; each character of the script's texts is one token
 LONG_ANSWER = "one canvas here, and another one; then the end"  # three canvases
 TEMPLATE = """{% for message in messages %}
 {%- if message.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}{{ message.content }}
-{%- endfor %}"""
+{%- endfor %}{{ ending }}{% if not add_generation_prompt %} (no answer wanted){% endif %}"""
 _DATATYPES = {spec.name: spec.datatype for spec in INPUTS}
 
 
@@ -45,12 +45,16 @@ def _answer(text: str) -> list[int]:
 
 
 def write_engine(directory: Path, **changes: Any) -> Path:
-    """Answers: `short` a few words, `long` LONG_ANSWER, `forever` no end; `fail` and `hang` make the engine do that."""
+    """Answers: `short` a few words, `long` LONG_ANSWER, `marked` with special tokens, `forever` no end.
+
+    `fail` and `hang` make the engine do that.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     answers = [(encode("short"), _answer("a reply")), (encode("long"), _answer(LONG_ANSWER))]
+    answers.append((encode("marked"), _answer("one <|turn>two<turn|> three")))
     forever = (encode("forever"), encode("and so on "))
     script = ScriptFile(_answer("?"), [*answers, forever], encode("fail"), encode("hang"), delay_s=0.004)
     write_scripted(directory, replace(script, **changes), tiny_tokenizer().get_vocab_size(), canvas_length=CANVAS)

@@ -59,6 +59,55 @@ def test_thinking_and_tools() -> None:
     assert text == system + "<|turn>user\nhello<turn|>\n<|turn>model\n"
 
 
+def test_the_last_message_can_be_left_open() -> None:
+    messages = [USER, {"role": "assistant", "content": " one, two "}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    start = "<bos><|turn>user\nhello<turn|>\n<|turn>model\n"
+    assert render(TEMPLATE, messages, **options) == start + "one, two", "as the template trims it"
+    as_it_is = TEMPLATE.replace(" | trim", "")
+    assert render(as_it_is, messages, **options) == start.replace("hello", "hello ") + " one, two "
+    assert messages[1]["content"] == " one, two ", "the caller's messages are not changed"
+
+
+def test_the_last_text_of_several_parts_is_left_open() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}, {"type": "image"}]
+    source = "{% for part in messages[-1].content %}{{ part.text or '<image>' }}{% endfor %}|"
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert render(source, [{"role": "assistant", "content": parts}], **options) == "ab "
+    assert parts[1]["text"] == "b "
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "message"),
+    [
+        ("{{ messages[0].content }}", None, "the last message has no text to go on from"),
+        ("{{ messages[0].content }}", 3, "the last message has no text to go on from"),
+        ("{{ messages[0].content }}", [{"type": "image"}, "text"], "the last message has no text to go on from"),
+        ("{{ messages[0].role }}", "a", "the chat template does not show the last message"),
+        ("{{ messages[0].content | replace('a', '') }}", "a b a", "the chat template does not show the last message"),
+    ],
+)
+def test_what_cannot_be_left_open_is_refused(source: str, content: object, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^messages: continue_final_message: {message}"):
+        render(source, [{"role": "assistant", "content": content}], continue_final_message=True)
+
+
+def test_variables_of_the_template() -> None:
+    source = "{{ enable_thinking }} {{ style }} {{ self is defined }} {{ bos_token }}"
+    assert render(source, style={"a": 1}) == "False {'a': 1} True <bos>"
+    assert render("{{ x }}{{ messages | length }}", x="{{ 1 }}", context=2) == "{{ 1 }}1"
+    assert ChatTemplate("{{ messages | length }}", {}).render([USER], self=2) == "1"
+    with pytest.raises(InvalidRequest, match='messages: "bos_token" in chat_template_kwargs is the tokenizer'):
+        render(source, bos_token="<s>")
+
+
+def test_keys_without_a_value_are_not_there_and_thoughts_have_one_name() -> None:
+    source = "{{ 'content' in messages[0] }} {{ messages[0].reasoning_content }} {{ messages[0].thinking }}"
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        assert render(source, [{"role": "assistant", "content": None, name: "hm"}]) == "False hm hm"
+    assert render("{{ messages[0].thinking is defined }}") == "False"
+
+
 def test_content_is_data_not_template() -> None:
     hostile = {"role": "user", "content": "{{ 7 * 7 }}{% raw %}<script>"}
     assert "{{ 7 * 7 }}{% raw %}<script>" in render(TEMPLATE, [hostile])

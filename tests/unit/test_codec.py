@@ -49,6 +49,13 @@ def test_an_id_without_a_token_has_no_text() -> None:
     assert tiny_codec().piece(100_000) == ""
 
 
+def test_whole_sequences_with_and_without_special_tokens() -> None:
+    codec = tiny_codec()
+    tokens = codec.encode("<|turn>a €<turn|>")
+    assert (codec.decode(tokens), codec.decode(tokens, skip_special_tokens=False)) == ("a €", "<bos><|turn>a €<turn|>")
+    assert codec.piece(TURN_START) == "<|turn>"
+
+
 def test_text_that_is_not_unicode_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="text_input: is not valid Unicode: a lone surrogate at character 6"):
         tiny_codec().encode("a\ud800")

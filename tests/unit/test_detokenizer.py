@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -173,6 +175,49 @@ def test_a_special_token_can_be_a_stop_string() -> None:
     assert (emitted.text, emitted.reason, len(emitted.token_ids)) == ("ab", "stop", 3)
 
 
+def test_special_tokens_have_their_text_where_they_are_not_skipped() -> None:
+    output = OutputText(CODEC, 100, end_ids=(EOS,), skip_special_tokens=False)
+    canvas = ids("a", BOS, TURN_END, "b", EOS, "c")
+    assert output.preview(canvas) == "a<bos><turn|>b"
+    emitted = output.commit(canvas)
+    assert (emitted.text, emitted.reason) == ("a<bos><turn|>b", "stop"), "the end token that ended it is left out"
+
+
+def test_with_their_text_they_can_be_part_of_a_stop_string() -> None:
+    canvas = ids("ab", TURN_END, "cd", EOS)
+    for skip, text, reason in ((False, "a", "stop"), (True, "abcd", None)):
+        output = OutputText(CODEC, 100, stop=("b<turn|>c",), skip_special_tokens=skip)
+        emitted = output.commit(canvas)
+        assert (emitted.text, emitted.reason) == (text, reason)
+    parts = OutputText(CODEC, 100, stop=("b<turn|>c",), skip_special_tokens=False)
+    assert [parts.commit(ids(part)).text for part in ("ab", TURN_END, "x")] == ["a", "", "b<turn|>x"]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_special_token_stops_as_a_token_whether_it_has_text_or_not(skip: bool) -> None:
+    emitted = OutputText(CODEC, 100, stop=("<turn|>",), skip_special_tokens=skip).commit(ids("ab", TURN_END, "c"))
+    assert (emitted.text, emitted.reason, len(emitted.token_ids)) == ("ab", "stop", 3)
+
+
+@pytest.mark.parametrize(
+    ("canvas", "options", "reason"),
+    [
+        (ids("ab", EOS, "c"), {"end_ids": (EOS, TURN_END)}, EOS),
+        (ids("ab", TURN_END, EOS), {"end_ids": (EOS, TURN_END)}, TURN_END),
+        (ids("ab", TURN_END), {"end_ids": (TURN_END,), "stop": ("<turn|>",)}, "<turn|>"),
+        (ids("abcd", EOS), {"end_ids": (EOS,), "stop": ("d", "bc")}, "bc"),
+        (ids("abcd"), {"stop": ("abcd", "cd")}, "abcd"),
+        (ids("ab", EOS, "cd"), {"end_ids": (EOS,), "stop": ("cd",)}, EOS),
+        (ids("abcd", EOS), {"max_tokens": 2, "end_ids": (EOS,), "stop": ("c",)}, None),
+        (ids("abcd"), {"stop": ("x",)}, None),
+    ],
+)
+def test_what_ended_the_output_is_told(canvas: Int32Array, options: dict[str, Any], reason: str | int | None) -> None:
+    output = OutputText(CODEC, **{"max_tokens": 100, **options})
+    assert output.commit(canvas).stop_reason == output.stop_reason == reason
+    assert type(output.stop_reason) is type(reason)
+
+
 def test_a_preview_changes_nothing() -> None:
     output = OutputText(CODEC, 100, end_ids=(EOS,), stop=("xyz",))
     euro = ids("€").tolist()
@@ -194,17 +239,18 @@ byte_heavy = st.lists(
     length=st.integers(1, 20),
     stop=st.lists(st.text("abthe 你", min_size=1, max_size=4), max_size=3),
     max_tokens=st.integers(1, 70),
+    skip=st.booleans(),
 )
 def test_where_canvases_end_makes_no_difference(
-    tokens: list[int], length: int, stop: list[str], max_tokens: int
+    tokens: list[int], length: int, stop: list[str], max_tokens: int, skip: bool
 ) -> None:
     array = np.array(tokens, np.int32)
-    whole = OutputText(CODEC, max_tokens, (EOS,), tuple(stop))
-    parts = OutputText(CODEC, max_tokens, (EOS,), tuple(stop))
+    whole = OutputText(CODEC, max_tokens, (EOS,), tuple(stop), skip)
+    parts = OutputText(CODEC, max_tokens, (EOS,), tuple(stop), skip)
     padded = np.concatenate([array, np.full(-len(array) % length, EOS, np.int32), np.full(length, EOS, np.int32)])
     last = whole.commit(padded)
     emitted = commit_all(parts, padded, length)
-    assert emitted[-1].reason == last.reason
+    assert (emitted[-1].reason, emitted[-1].stop_reason) == (last.reason, last.stop_reason)
     assert parts.text == whole.text == "".join(part.text for part in emitted)
     assert parts.token_ids.tolist() == whole.token_ids.tolist()
     assert len(parts.token_ids) <= max_tokens
@@ -221,3 +267,16 @@ def test_any_text_comes_back(text: str, length: int) -> None:
         for special in ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"):
             kept = kept.replace(special, "")
         assert output.text == kept.replace("▁", " ")
+
+
+texts_and_markers = st.lists(st.one_of(st.text("ab the你€👍 \n", max_size=6), st.sampled_from([BOS, PAD, TURN_END])))
+
+
+@given(texts_and_markers, st.integers(1, 9), st.booleans())
+def test_the_text_is_the_tokenizer_s_own(parts: list[str | int], length: int, skip: bool) -> None:
+    tokens = ids(*parts)
+    if len(tokens):
+        output = OutputText(CODEC, len(tokens), end_ids=(EOS,), skip_special_tokens=skip)
+        commit_all(output, tokens, length)
+        decoded = tiny_tokenizer().decode(tokens.tolist(), skip_special_tokens=skip)
+        assert output.text == decoded == CODEC.decode(tokens, skip)

@@ -56,6 +56,19 @@ def served(log_format: str, level: str = "DEBUG", fail: bool = False) -> io.Stri
     return stream
 
 
+def test_a_prompt_that_is_only_tokenized_has_a_line_of_its_own() -> None:
+    stream = io.StringIO()
+    log = RuntimeLog("DEBUG", "json", stream)
+    LogObserver(Deferred("test")).tokenized("count-1", 16)
+    log.close()
+    (line,) = lines(stream)
+    assert (line["level"], line["request_id"], line["message"]) == (
+        "DEBUG",
+        "count-1",
+        "request count-1: 16 prompt tokens, and none asked for",
+    )
+
+
 def test_json_lines_have_the_request_s_id_and_its_figures() -> None:
     refused, accepted, finished = lines(served("json"))
     assert refused["request_id"] == "bad-1"

@@ -97,6 +97,18 @@ def test_counts_are_those_of_the_responses(metrics: Metrics, service: Service) -
     assert found["dgemma_requests_finished_total", "stop"] == 3
 
 
+def test_prompts_that_are_only_tokenized_count_as_nothing_else(metrics: Metrics, service: Service) -> None:
+    before = counters(metrics, service)
+    for _ in range(3):
+        submit(service, "one", max_tokens=0).finished()
+    with pytest.raises(InvalidRequest):
+        submit(service, "", max_tokens=0)
+    after = counters(metrics, service)
+    changed = {series: count - before[series] for series, count in after.items() if count != before[series]}
+    changed.pop(("dgemma_host_seconds_total", ""), None)
+    assert changed == {("dgemma_requests_tokenized_total", ""): 3, ("dgemma_errors_total", "InvalidRequest"): 1}
+
+
 def test_times_are_those_of_the_responses(metrics: Metrics, service: Service) -> None:
     first = submit(service, "two").finished().statistics
     found = counters(metrics, service)

@@ -98,8 +98,8 @@ def test_ranges_read_as_they_were_written() -> None:
 
 
 def test_zero_is_in_range_only_where_it_has_a_meaning() -> None:
-    assert parse_parameters({"seed": 0, "stability_threshold": 0, "temperature": 0}, DEFAULTS).greedy
-    for name in ("max_tokens", "max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold"):
+    assert parse_parameters({"seed": 0, "stability_threshold": 0, "temperature": 0, "max_tokens": 0}, DEFAULTS).greedy
+    for name in ("max_denoising_steps", "entropy_bound", "t_min", "t_max", "confidence_threshold"):
         with pytest.raises(InvalidRequest, match=name):
             parse_parameters({name: 0}, DEFAULTS)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dgemma_runtime.engines.scripted import ChaoticEngine, ScriptedEngine, scripted_manifest
-from dgemma_runtime.errors import InvalidRequest, Overloaded
+from dgemma_runtime.errors import EngineError, InvalidRequest, Overloaded
 from dgemma_runtime.events import Commit, Event
 from dgemma_runtime.parameters import parse_parameters
 from dgemma_runtime.requests import GenerationRequest
@@ -48,6 +48,61 @@ def test_a_text_over_several_canvases(start: Start) -> None:
     assert [commit.steps for commit in recorder.commits] == [3] * 4
     assert "".join(commit.text for commit in recorder.commits) == text
     assert np.concatenate([commit.token_ids for commit in recorder.commits]).tolist() == finished.token_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "reason", "stop_reason"),
+    [({}, "stop", EOS), ({"stop": ["quick"]}, "stop", "quick"), ({"max_tokens": 5}, "length", None)],
+)
+def test_what_ended_a_request_is_told(
+    start: Start, values: dict[str, Any], reason: str, stop_reason: str | int | None
+) -> None:
+    finished = submit(start(scripted_engine({"go": "the quick brown fox"})), "go", **values).finished()
+    assert (finished.reason, finished.stop_reason) == (reason, stop_reason)
+
+
+def test_special_tokens_are_in_text_and_previews_on_request(start: Start) -> None:
+    answer = np.array([*CODEC.encode("<|turn>a b<turn|>c")[1:], EOS], np.int32)
+    service = start(scripted_engine({"go": answer}, steps=2, canvas_length=16))
+    recorder = submit(service, "go", stream=True, stream_previews=True, skip_special_tokens=False)
+    assert recorder.finished().text == "<|turn>a b<turn|>c"
+    assert "<|turn>" in recorder.previews[-1].text
+    assert submit(service, "go").finished().text == "a bc"
+
+
+def test_no_tokens_asked_for_is_answered_at_once_whatever_is_queued(start: Start) -> None:
+    engine = gated({"go": "x"})
+    service = start(engine, small_settings(max_batch_size=1, queue_size=1))
+    waiting = [submit(service, "go")]
+    assert engine.entered.acquire(timeout=20)
+    waiting.append(submit(service, "go"))
+    with pytest.raises(Overloaded):
+        submit(service, "go")
+    for prompt in ("hello", CODEC.encode("hello"), "a" * 5000):  # the last is longer than the context
+        recorder = submit(service, prompt, max_tokens=0)
+        assert recorder.kinds == ["Finished"]
+        finished = recorder.finished()
+        tokens = len(prompt) + isinstance(prompt, str)
+        assert (finished.reason, finished.text, finished.token_ids.tolist()) == ("length", "", [])
+        figures = finished.statistics
+        assert (figures.num_input_tokens, figures.num_output_tokens, figures.denoising_steps) == (tokens, 0, 0)
+        assert (figures.queue_ms, figures.engine_ms, finished.stop_reason) == (0, 0, None)
+        assert figures.total_ms > 0
+    for prompt, message in (("", "text_input: is empty"), (np.array([5, 364]), "input_ids: token ids must be from 0")):
+        with pytest.raises(InvalidRequest, match=message):
+            submit(service, prompt, max_tokens=0)
+    engine.permits.release(100)
+    assert [recorder.finished().reason for recorder in waiting] == ["stop", "stop"]
+    service.stop()
+    with pytest.raises(Overloaded, match="the server is shutting down"):
+        submit(service, "go", max_tokens=0)
+
+
+def test_a_failed_service_does_not_count_tokens_either(start: Start) -> None:
+    service = start(scripted_engine({"go": "x"}, fail_on={"denoise": 1}))
+    assert submit(service, "go").finished().reason == "error"
+    with pytest.raises(EngineError, match="the engine failed"):
+        submit(service, "go", max_tokens=0)
 
 
 def test_statistics_of_a_request(start: Start) -> None:

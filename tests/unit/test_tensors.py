@@ -148,7 +148,26 @@ def test_messages_are_a_list_or_an_object_with_tools() -> None:
     assert as_list.prompt == Chat(chat)
     whole = {"messages": chat, "tools": [{"name": "f"}], "enable_thinking": True}
     as_object = parse_request(arrays({"messages": json.dumps(whole).encode()}), "", DEFAULTS)
-    assert as_object.prompt == Chat(chat, [{"name": "f"}], True)
+    assert as_object.prompt == Chat(chat, [{"name": "f"}], variables={"enable_thinking": True})
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"add_generation_prompt": False}, {"add_generation_prompt": False}),
+        ({"continue_final_message": True}, {"add_generation_prompt": False, "continue_final_message": True}),
+        ({"continue_final_message": False}, {}),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, {"variables": {"enable_thinking": True}}),
+        (
+            {"chat_template_kwargs": {"a": [1]}, "enable_thinking": False},
+            {"variables": {"a": [1], "enable_thinking": 0}},
+        ),
+        ({"chat_template_kwargs": {}}, {}),
+    ],
+)
+def test_how_messages_are_rendered(keys: dict[str, Any], expected: dict[str, Any]) -> None:
+    text = json.dumps({"messages": [], **keys})
+    assert parse_request(arrays({"messages": text.encode()}), "", DEFAULTS).prompt == Chat([], **expected)
 
 
 @pytest.mark.parametrize(
@@ -158,9 +177,28 @@ def test_messages_are_a_list_or_an_object_with_tools() -> None:
         ("[" * 100_000, "is not valid JSON"),
         ("3", "must be a JSON list of messages"),
         ("{}", "must be a JSON list of messages"),
-        ('{"messages": [], "tool": []}', "unknown key 'tool'; known are messages, tools, enable_thinking"),
+        ('{"messages": [], "tool": []}', "unknown key 'tool'; known are messages, tools, enable_thinking, add_gen"),
         ('{"messages": {}}', 'the values of "messages" and "tools" must be lists'),
         ('{"messages": [], "enable_thinking": 1}', '"enable_thinking" must be true or false, got 1'),
+        (
+            '{"messages": [], "add_generation_prompt": "no"}',
+            "\"add_generation_prompt\" must be true or false, got 'no'",
+        ),
+        ('{"messages": [], "continue_final_message": 1}', '"continue_final_message" must be true or false, got 1'),
+        (
+            '{"messages": [], "continue_final_message": true, "add_generation_prompt": true}',
+            '"continue_final_message" and "add_generation_prompt" exclude each other',
+        ),
+        ('{"messages": [], "chat_template_kwargs": []}', '"chat_template_kwargs" must be an object, got list'),
+        ('{"messages": [], "chat_template_kwargs": {"tools": []}}', '"tools" in chat_template_kwargs has a place of'),
+        (
+            '{"messages": [], "enable_thinking": true, "chat_template_kwargs": {"enable_thinking": true}}',
+            '"enable_thinking" in chat_template_kwargs has a place of its own; give it once',
+        ),
+        (
+            '{"messages": [], "chat_template_kwargs": {"enable_thinking": "yes"}}',
+            "\"enable_thinking\" must be true or false, got 'yes'",
+        ),
     ],
 )
 def test_bad_messages_are_refused(text: str, message: str) -> None:
@@ -222,6 +260,16 @@ class TestJsonParameters:
         with pytest.raises(InvalidRequest, match=r"(temperature|seed): must be"):
             self.parse(source, text)
 
+    def test_special_tokens_are_kept_on_request(self, source: str) -> None:
+        assert self.parse(source, "{}").parameters.skip_special_tokens
+        assert not self.parse(source, '{"skip_special_tokens": false}').parameters.skip_special_tokens
+        assert not self.parse(source, '{"skip_special_tokens": "False"}').parameters.skip_special_tokens
+        assert not parse(skip_special_tokens=False).parameters.skip_special_tokens
+        with pytest.raises(InvalidRequest, match="skip_special_tokens: must be true or false, got 0"):
+            self.parse(source, '{"skip_special_tokens": 0}')
+        with pytest.raises(InvalidRequest, match="skip_special_tokens: is given twice"):
+            self.parse(source, '{"skip_special_tokens": true}', skip_special_tokens=True)
+
     def test_output_options_too(self, source: str) -> None:
         assert not self.parse(source, '{"return_finish_reason": "false"}').options.return_finish_reason
         with pytest.raises(InvalidRequest, match="return_finish_reason: must be true or false, got 3"):
@@ -247,7 +295,7 @@ def test_what_triton_sets_for_itself_is_let_through() -> None:
 # ---------------------------------------------------------------- outputs
 
 STATISTICS = RequestStatistics(**{figure.name: number for number, figure in enumerate(fields(RequestStatistics))})
-FINISHED = Finished("stop", "abc", np.array([1, 2, 3], np.int32), STATISTICS)
+FINISHED = Finished("stop", "abc", np.array([1, 2, 3], np.int32), STATISTICS, stop_reason="zzz")
 
 
 def test_every_output_has_the_type_and_shape_of_the_table() -> None:
@@ -264,7 +312,7 @@ def test_every_output_has_the_type_and_shape_of_the_table() -> None:
         assert spec.many or events[spec.name].shape == (1,)
     assert events["text_output"][0] == "before é".encode()
     assert events["output_ids"].tolist() == [8, 9, 4]
-    assert json.loads(events["statistics"][0]) == asdict(STATISTICS)
+    assert json.loads(events["statistics"][0]) == {**asdict(STATISTICS), "stop_reason": "zzz"}
     assert (events["prefilled_tokens"].tolist(), events["num_input_tokens"].tolist()) == ([512], [4096])
 
 
@@ -274,8 +322,7 @@ def test_output_options_leave_outputs_out() -> None:
     assert set(found) == {"text_output", "output_ids", "sequence_index", "denoising_steps", "statistics"}
 
 
-def test_echoing_needs_the_prompt_s_text() -> None:
-    assert not parse(exclude_input_in_output=False).options.exclude_input_in_output
-    tensors = arrays({"input_ids": 5, "exclude_input_in_output": False})
-    with pytest.raises(InvalidRequest, match="exclude_input_in_output: false needs the prompt as text_input"):
-        parse_request(tensors, "", DEFAULTS)
+def test_any_prompt_can_be_echoed() -> None:
+    for prompt in ({"text_input": b"a"}, {"input_ids": 5}, {"messages": b"[]"}):
+        tensors = arrays({**prompt, "exclude_input_in_output": False})
+        assert not parse_request(tensors, "", DEFAULTS).options.exclude_input_in_output

@@ -153,7 +153,8 @@ def noise_of(engine: Path) -> str:
     """The canvas that SEED starts from, as text; a dot for each token without a text of its own."""
     model, codec = Manifest.load(engine).model, Codec.load(engine)
     ids = CanvasNoise(SEED, 0, model.canvas_length, model.vocab_size).initial().tolist()
-    return "".join("·" if token in codec.bytes else codec.piece(token) or "·" for token in ids)
+    silent = codec.bytes.keys() | codec.special_ids
+    return "".join("·" if token in silent else codec.piece(token) or "·" for token in ids)
 
 
 async def show(url: str, console: Console, picture: Picture | None = None, wait_s: float = 60.0) -> int:
