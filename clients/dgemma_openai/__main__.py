@@ -1,0 +1,5 @@
+"""`python -m dgemma_openai` is `dgemma-openai`."""
+
+from dgemma_openai.cli import main
+
+main()

@@ -1,0 +1,143 @@
+"""What all request bodies share: strict types, unknown names refused, values that ask for nothing. Knows no route."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
+
+from dgemma_client.requests import Parameters
+
+MAX_SEED = 2**64
+
+
+class Body(BaseModel):
+    """JSON in, exactly as documented."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def refused(allowed: str) -> tuple[WrapValidator, Any]:
+    """For what this server cannot do: the type allows the values that ask for nothing, others are refused by name."""
+
+    def explained(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise PydanticCustomError("not_supported", f"is not supported; leave it out or send {allowed}") from None
+
+    return WrapValidator(explained), Field(description=f"Not supported; only {allowed}.")
+
+
+Off = Annotated[Literal[False] | None, *refused("false")]
+Zero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, *refused("0")]
+One = Annotated[Annotated[float, Field(ge=1, le=1)] | None, *refused("1")]
+NoTop = Annotated[Annotated[int, Field(ge=-1, le=0)] | None, *refused("0 or -1; for greedy decoding, temperature 0")]
+NoText = Annotated[Literal[""] | None, *refused("an empty text")]
+NoMap = Annotated[Annotated[dict[str, Any], Field(max_length=0)] | None, *refused("{}")]
+NoList = Annotated[Annotated[list[Any], Field(max_length=0)] | None, *refused("[]")]
+Nothing = Annotated[None, *refused("null")]
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=MAX_SEED, description="The same seed gives the same text.")]
+Stop = Annotated[str | list[str], Field(description="Up to 64 texts that end the answer; they are not part of it.")]
+
+
+class Generation(Body):
+    """Parameters that every endpoint has which generates. What is left out is the checkpoint's own default."""
+
+    model: Annotated[str, Field(description="One of the names at /v1/models.")]
+    n: Annotated[int | None, Field(ge=1, description="Answers; with a seed, the seeds count up from it.")] = None
+    stream: bool | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    temperature: Annotated[
+        float | None, Field(ge=0, le=100, description="A flat temperature of all denoising steps; 0 is greedy.")
+    ] = None
+
+    # diffusion
+    max_denoising_steps: Annotated[int | None, Field(ge=1, le=1024)] = None
+    entropy_bound: Annotated[float | None, Field(ge=1e-9, le=1e6, description="Nats accepted in a step.")] = None
+    t_min: Annotated[float | None, Field(ge=1e-6, le=100)] = None
+    t_max: Annotated[float | None, Field(ge=1e-6, le=100)] = None
+    stability_threshold: Annotated[
+        int | None, Field(ge=-1, le=1024, description="Steps that a canvas must stay the same; -1: all steps.")
+    ] = None
+    confidence_threshold: Annotated[float | None, Field(ge=1e-9, le=1e3, description="Nats.")] = None
+    diffusing: Annotated[
+        bool | None, Field(description="With stream: send previews of unfinished canvases as a field `diffusing`.")
+    ] = None
+
+    # scheduling
+    priority: Annotated[int | None, Field(ge=-1000, le=1000, description="Lower is served first.")] = None
+    deadline_ms: Annotated[int | None, Field(ge=1, lt=2**31, description="Ends the answer with what it has.")] = None
+    cache_salt: Annotated[str | None, Field(max_length=256, description="Who shares cached prefixes.")] = None
+
+    # without effect on the answer
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    # not supported
+    top_p: One = None
+    top_k: NoTop = None
+    min_p: Zero = None
+    min_tokens: Zero = None
+    repetition_penalty: One = None
+    presence_penalty: Zero = None
+    frequency_penalty: Zero = None
+    logit_bias: NoMap = None
+    ignore_eos: Annotated[bool | None, Field(description="Go on until max_tokens.")] = None
+
+    def sampling(self) -> Parameters:
+        """What is given, under Triton's names; without lengths."""
+        names = (
+            *("max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold"),
+            *("temperature", "priority", "deadline_ms", "cache_salt"),
+        )
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.stop:
+            given["stop_words"] = [self.stop] if isinstance(self.stop, str) else self.stop
+        if self.ignore_eos:
+            given["end_id"] = -1
+        parameters: Parameters = given  # type: ignore[assignment]  # names and types are those above
+        return parameters
+
+    def seeds(self, count: int) -> list[int | None]:
+        """Of `count` answers; negative ones are taken as 64-bit numbers without a sign."""
+        if self.seed is None:
+            return [None] * count
+        return [(self.seed + index) % MAX_SEED for index in range(count)]
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: Off = None
+    continuous_usage_stats: Off = None
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    denoising_steps: int
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every endpoint answers instead where it refuses."""
+
+    error: Error

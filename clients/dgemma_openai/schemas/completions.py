@@ -1,0 +1,59 @@
+"""Bodies of /v1/completions. Knows no route."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from dgemma_openai.schemas.base import Generation, NoText, Nothing, Off, One, StreamOptions, Usage, Zero
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class CompletionRequest(Generation):
+    """Text or token ids to go on with, without a chat template."""
+
+    prompt: Annotated[
+        str | list[str] | list[TokenId] | list[list[TokenId]],
+        Field(description="One or several; each gets n answers, in order."),
+    ]
+    max_tokens: Annotated[int | None, Field(ge=1, lt=2**31)] = None
+    stream_options: StreamOptions | None = None
+    echo: Annotated[bool | None, Field(description="Put the prompt in front of the answer.")] = None
+    skip_special_tokens: bool | None = None
+    suffix: NoText = None
+    best_of: One = None
+    logprobs: Nothing = None
+    prompt_logprobs: Zero = None
+    use_beam_search: Off = None
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None = None
+    logprobs: None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class CompletionChunk(BaseModel):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    system_fingerprint: str

@@ -1,0 +1,103 @@
+"""Turns of a chat, which all three APIs come down to: a prompt, and answers taken apart as they come. Knows no API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dgemma_client import Delta, Done, Event, Prefill, Preview
+from dgemma_client.errors import ClientError
+from dgemma_client.requests import Parameters
+from dgemma_openai.answers import End
+from dgemma_openai.backend import Ask
+from dgemma_openai.errors import from_client
+from dgemma_openai.gateway import Gateway
+from dgemma_openai.parsing.events import ContentDelta
+from dgemma_openai.parsing.events import Event as OutputEvent
+from dgemma_openai.parsing.output import OutputParser
+from dgemma_openai.parsing.tools import ToolPlan
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and how answers are to be read."""
+
+    prompt: Ask  # messages and what the template is given
+    plan: ToolPlan = field(default_factory=ToolPlan)
+    raw: bool = False  # whether answers are plain text to their last token, whatever ends a turn in between
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last event of an answer."""
+
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None
+    done: Done
+
+
+AnswerEvent = OutputEvent | Preview | Prefill | Ended
+
+
+async def answers(
+    gateway: Gateway,
+    question: Question,
+    request_id: str,
+    parameters: Sequence[Parameters],
+    names: Mapping[str, str],
+) -> AsyncGenerator[tuple[int, AnswerEvent]]:
+    """(index of the answer, event) as they come; an answer for each of `parameters`, ended by `Ended`.
+
+    `names` are the API's own names of Triton's inputs, for errors. Raises ApiError. Closing it ends the generations.
+    """
+    try:
+        prompt = await _opened(gateway, question, request_id)
+        asks = [
+            replace(
+                prompt,
+                request_id=f"{request_id}-{index}",
+                parameters={**given, "skip_special_tokens": question.raw},
+            )
+            for index, given in enumerate(parameters)
+        ]
+        readers = [_Reader(question) for _ in asks]
+        async with aclosing(gateway.backend.events(asks)) as events:
+            async for index, event in events:
+                for found in readers[index].read(event):
+                    yield index, found
+    except ClientError as error:
+        raise from_client(error, names) from None
+
+
+async def _opened(gateway: Gateway, question: Question, request_id: str) -> Ask:
+    """The prompt; where a call is demanded, as text that ends with the beginning of one."""
+    if not question.plan.prefix:
+        return question.prompt
+    tokens = await gateway.backend.tokenize(replace(question.prompt, request_id=f"{request_id}-prompt"))
+    return Ask(request_id, {}, text=tokens.text + question.plan.prefix, previews=question.prompt.previews)
+
+
+class _Reader:
+    """One answer's events to what is told of it."""
+
+    def __init__(self, question: Question) -> None:
+        plan = question.plan
+        self._raw = question.raw
+        self._parser = OutputParser(tools=plan.schemas, primed=plan.prefix, parallel=plan.parallel)
+
+    def read(self, event: Event) -> Iterator[AnswerEvent]:
+        match event:
+            case Delta(text=text) if self._raw:
+                if text:
+                    yield ContentDelta(text)
+            case Delta(text=text):
+                yield from self._parser.feed(text)
+            case Done():
+                end = End.of(event)
+                yield from self._parser.finish(cut=end.finish_reason == "length")
+                called = self._parser.calls > 0 and end.finish_reason == "stop"
+                yield Ended("tool_calls" if called else end.finish_reason, end.stop_reason, event)
+            case _:
+                yield event
