@@ -1,12 +1,14 @@
-"""Command line of the acceptance table: python -m dgemma_build.accept [--quick] [--only WORDS] [--output FILE]."""
+"""Command line of the acceptance table: every row beside its bar, or some of them."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -44,37 +46,67 @@ def _measure(row: Row, setting: Setting) -> Result:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m dgemma_build.accept", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only what CI measures too, with fewer examples")
-    parser.add_argument("--only", default="", help="only rows with this text in their name")
+    parser.add_argument("--only", action="append", help="only rows with this text in their name; again for more")
+    parser.add_argument("--update", action="store_true", help="put the rows of --only into the last whole run's file")
     parser.add_argument("--output", type=Path, help=f"JSON file; {OUTPUT.relative_to(ROOT)} after a whole run")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.update and (arguments.quick or not arguments.only or arguments.output):
+        parser.error("--update goes with --only, and without --quick and --output")
+    return arguments
+
+
+def _replace_rows(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> None:
+    """Of a run's rows, those measured again; new ones go to the end."""
+    places = {row["what"]: index for index, row in enumerate(rows)}
+    for row in measured:
+        if row["what"] in places:
+            rows[places[row["what"]]] = row
+        else:
+            rows.append(row)
+
+
+def _record(row: Row, setting: Setting) -> dict[str, Any]:
+    """The row measured, with where and when."""
+    here = Environment.here(THREADS)
+    started = time.perf_counter()
+    setting.console.print(f"[dim]measuring:[/] {row.what}", highlight=False)
+    result = _measure(row, setting)
+    seconds = time.perf_counter() - started
+    setting.console.print(f"  {_verdict(result.passed)}: {result.figure} ({row.bar}; {seconds:.0f} s)", highlight=False)
+    taken = {"seconds": round(seconds, 1), "commit": here.commit, "date": here.date, "load": here.load}
+    return {"what": row.what, "bar": row.bar, **asdict(result), **taken}
+
+
+def _verdict(passed: bool) -> str:
+    return "pass" if passed else "SHORT"
+
+
+def _show(console: Console, environment: Environment, records: Sequence[Mapping[str, Any]]) -> None:
+    shown = Table(
+        "what", "figure", "bar", "", title=f"{environment.device}, commit {environment.commit}", show_lines=True
+    )
+    for record in records:
+        style = "green" if record["passed"] else "bold red"
+        shown.add_row(record["what"], record["figure"], record["bar"], f"[{style}]{_verdict(record['passed'])}")
+    console.print(shown)
 
 
 def main() -> int:
     """Measure row after row; exit status 1 where a figure is short of its bar."""
     arguments = _parse()
     console = Console(stderr=True, width=150)
-    rows = [row for row in ROWS if arguments.only in row.what and (row.quick or not arguments.quick)]
+    wanted = arguments.only or [""]
+    rows = [row for row in ROWS if any(text in row.what for text in wanted) and (row.quick or not arguments.quick)]
     setting = Setting(arguments.quick, console)
     environment = Environment.here(THREADS)
-    shown = Table(
-        "what", "figure", "bar", "", title=f"{environment.device}, commit {environment.commit}", show_lines=True
-    )
-    records = []
-    for row in rows:
-        started = time.perf_counter()
-        console.print(f"[dim]measuring:[/] {row.what}", highlight=False)
-        result = _measure(row, setting)
-        seconds = time.perf_counter() - started
-        verdict = "pass" if result.passed else "SHORT"
-        console.print(f"  {verdict}: {result.figure} ({row.bar}; {seconds:.0f} s)", highlight=False)
-        shown.add_row(
-            row.what, result.figure, row.bar, f"[green]{verdict}" if result.passed else f"[bold red]{verdict}"
-        )
-        records.append({"what": row.what, "bar": row.bar, **asdict(result), "seconds": round(seconds, 1)})
-    console.print(shown)
+    records = [_record(row, setting) for row in rows]
+    _show(console, environment, records)
     document = {"quick": arguments.quick, **asdict(environment), "rows": records}
+    if arguments.update:
+        document = json.loads(OUTPUT.read_text())
+        _replace_rows(document["rows"], records)
     whole = not arguments.quick and not arguments.only
-    if output := arguments.output or (OUTPUT if whole else None):
+    if output := arguments.output or (OUTPUT if whole or arguments.update else None):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(document, indent=1) + "\n")
         console.print(f"wrote {output}")
