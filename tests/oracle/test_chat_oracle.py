@@ -77,7 +77,7 @@ def test_an_open_end(tokenizer: Any, source: str | None, texts: list[str], in_pa
     ]
     if in_parts and source is None:
         talk[-1]["content"] = [{"type": "text", "text": text} for text in texts]
-    options = {"add_generation_prompt": False, "continue_final_message": True}
+    options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
     expected = tokenizer.apply_chat_template(talk, tokenize=False, chat_template=source, **options)
     assert template.render(talk, **options) == expected
 
