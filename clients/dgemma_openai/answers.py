@@ -13,7 +13,7 @@ from starlette.requests import Request
 from dgemma_client import Done
 from dgemma_client.requests import Parameters
 from dgemma_openai.errors import ApiError
-from dgemma_openai.schemas.base import Generation, PromptTokensDetails, Usage
+from dgemma_openai.schemas.base import PromptTokensDetails, Sampling, Usage
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ async def _left(request: Request) -> None:
         pass
 
 
-def parameters(body: Generation, max_tokens: int | None, seed: int | None, **more: Any) -> Parameters:
+def parameters(body: Sampling, max_tokens: int | None, seed: int | None, **more: Any) -> Parameters:
     """Under Triton's names."""
     given: dict[str, Any] = {**body.sampling(), **more}
     if max_tokens is not None:

@@ -43,14 +43,12 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=MAX_SEED, description="The same seed
 Stop = Annotated[str | list[str], Field(description="Up to 64 texts that end the answer; they are not part of it.")]
 
 
-class Generation(Body):
+class Sampling(Body):
     """Parameters that every endpoint has which generates. What is left out is the checkpoint's own default."""
 
     model: Annotated[str, Field(description="One of the names at /v1/models.")]
-    n: Annotated[int | None, Field(ge=1, description="Answers; with a seed, the seeds count up from it.")] = None
     stream: bool | None = None
     seed: Seed | None = None
-    stop: Stop | None = None
     temperature: Annotated[
         float | None, Field(ge=0, le=100, description="A flat temperature of all denoising steps; 0 is greedy.")
     ] = None
@@ -73,16 +71,44 @@ class Generation(Body):
     deadline_ms: Annotated[int | None, Field(ge=1, lt=2**31, description="Ends the answer with what it has.")] = None
     cache_salt: Annotated[str | None, Field(max_length=256, description="Who shares cached prefixes.")] = None
 
-    # without effect on the answer
+    # not supported
+    top_p: One = None
+    top_k: NoTop = None
+
+    def sampling(self) -> Parameters:
+        """What is given, under Triton's names; without lengths."""
+        names = (
+            *("max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold"),
+            *("temperature", "priority", "deadline_ms", "cache_salt"),
+        )
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        parameters: Parameters = given  # type: ignore[assignment]  # names and types are those above
+        return parameters
+
+    def seeds(self, count: int) -> list[int | None]:
+        """Of `count` answers; negative ones are taken as 64-bit numbers without a sign."""
+        if self.seed is None:
+            return [None] * count
+        return [(self.seed + index) % MAX_SEED for index in range(count)]
+
+
+class Labels(Body):
+    """OpenAI's fields without effect on the answer."""
+
     user: str | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
 
+
+class Generation(Sampling, Labels):
+    """What chat and text completions share."""
+
+    n: Annotated[int | None, Field(ge=1, description="Answers; with a seed, the seeds count up from it.")] = None
+    stop: Stop | None = None
+
     # not supported
-    top_p: One = None
-    top_k: NoTop = None
     min_p: Zero = None
     min_tokens: Zero = None
     repetition_penalty: One = None
@@ -92,24 +118,12 @@ class Generation(Body):
     ignore_eos: Annotated[bool | None, Field(description="Go on until max_tokens.")] = None
 
     def sampling(self) -> Parameters:
-        """What is given, under Triton's names; without lengths."""
-        names = (
-            *("max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold"),
-            *("temperature", "priority", "deadline_ms", "cache_salt"),
-        )
-        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = super().sampling()
         if self.stop:
             given["stop_words"] = [self.stop] if isinstance(self.stop, str) else self.stop
         if self.ignore_eos:
             given["end_id"] = -1
-        parameters: Parameters = given  # type: ignore[assignment]  # names and types are those above
-        return parameters
-
-    def seeds(self, count: int) -> list[int | None]:
-        """Of `count` answers; negative ones are taken as 64-bit numbers without a sign."""
-        if self.seed is None:
-            return [None] * count
-        return [(self.seed + index) % MAX_SEED for index in range(count)]
+        return given
 
 
 class StreamOptions(Body):
