@@ -19,9 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dgemma_client import Client
 from dgemma_client.errors import ClientError
+from dgemma_openai import logs
 from dgemma_openai.errors import ApiError, from_client, from_validation
 from dgemma_openai.gateway import Gateway
+from dgemma_openai.openapi import publish
 from dgemma_openai.routes import chat, completions, models, service, tokens
+from dgemma_openai.routes.playground import playground_router
 from dgemma_openai.security import ANTHROPIC_PREFIX, Guard
 from dgemma_openai.settings import Settings
 
@@ -49,6 +52,8 @@ def create_app(settings: Settings, client: Client | None = None) -> FastAPI:
     )
     for module in (chat, completions, models, service, tokens):
         app.include_router(module.router)
+    if settings.playground:
+        app.include_router(playground_router())
     _add_handlers(app)
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:
@@ -56,6 +61,7 @@ def create_app(settings: Settings, client: Client | None = None) -> FastAPI:
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(_Watch)
+    publish(app, settings)
     return app
 
 
@@ -80,8 +86,10 @@ def _add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        _log.error("request %s failed", request.state.request_id, exc_info=error)
-        return _answer(request, ApiError(500, f"internal error; the log has it under {request.state.request_id}"))
+        request_id = request.state.request_id
+        _log.error("request %s failed", request_id, exc_info=error)
+        message = f"internal error; the log has it under {request_id}"
+        return _answer(request, ApiError(500, message, headers={"x-request-id": request_id}))  # sent outside of _Watch
 
 
 def _answer(request: Request, error: ApiError) -> JSONResponse:
@@ -102,15 +110,18 @@ class _Watch:
             return
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
+        logs.request_id.set(request_id)
         gateway = scope["app"].state.gateway
         metrics, work = gateway.metrics, int(scope["method"] == "POST")
-        started, status = time.perf_counter(), 499  # gone before the answer
+        started, status, ended = time.perf_counter(), 499, False
 
         async def send_on(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            else:
+                ended = not message.get("more_body", False)
             await send(message)
 
         metrics.live.inc(work)
@@ -118,9 +129,10 @@ class _Watch:
         try:
             await self._app(scope, receive, send_on)
         except Exception:
-            status = 500
+            status, ended = 500, True
             raise
         finally:
+            status = status if ended else 499  # the client went away before the end of its answer
             metrics.live.dec(work)
             gateway.working -= work
             seconds = time.perf_counter() - started

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from dgemma_client import Client, Event
+from dgemma_client import Client, Delta, Event
 from dgemma_client.errors import ClientError
 from dgemma_client.events import ServerInfo, Tokens
 from dgemma_client.requests import ChatOptions, Message, Parameters
+from dgemma_openai import logs
 
+_log = logging.getLogger(__name__)
 _WAITING = 64  # events between the answers' tasks and whoever sends them on
 _PROBE_S = 0.9  # orchestrators give a probe a second
 
@@ -32,10 +36,10 @@ class Ask:
 
 
 class Backend:
-    """One Triton server; used by one event loop."""
+    """One Triton server; used by one event loop. Only with `log_prompts` does the log hold prompts and answers."""
 
-    def __init__(self, client: Client, timeout_s: float) -> None:
-        self._client, self._timeout_s = client, timeout_s
+    def __init__(self, client: Client, timeout_s: float, log_prompts: bool = False) -> None:
+        self._client, self._timeout_s, self._log_prompts = client, timeout_s, log_prompts
 
     async def close(self) -> None:
         """Ends what is under way."""
@@ -100,6 +104,10 @@ class Backend:
             await queue.put((index, error))
 
     def _stream(self, ask: Ask) -> AsyncGenerator[Event]:
+        events = self._events(ask)
+        return _logged(ask, events) if self._log_prompts else events
+
+    def _events(self, ask: Ask) -> AsyncGenerator[Event]:
         return self._client.stream(
             ask.text,
             input_ids=ask.input_ids,
@@ -112,3 +120,21 @@ class Backend:
             request_id=ask.request_id,
             **ask.parameters,
         )
+
+
+async def _logged(ask: Ask, events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+    prompt = ask.text if ask.text is not None else list(ask.messages or ask.input_ids or ())
+    fields = {"request_id": logs.request_id.get(), "answer_id": ask.request_id}
+    given = json.dumps(prompt, ensure_ascii=False)
+    _log.info("request %s, prompt of %s: %s", *fields.values(), given, extra={**fields, "prompt": prompt})
+    texts: list[str] = []
+    try:
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Delta):
+                    texts.append(event.text)
+                yield event
+    finally:
+        answer = "".join(texts)
+        told = json.dumps(answer, ensure_ascii=False)
+        _log.info("request %s, answer %s: %s", *fields.values(), told, extra={**fields, "answer": answer})

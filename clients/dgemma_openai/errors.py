@@ -107,6 +107,9 @@ def from_validation(errors: Sequence[Any]) -> ApiError:
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="json_invalid")
     param = dotted(path)
     if first["type"] == "extra_forbidden":
+        *outer, name = path
+        param = f"{dotted(outer)}.{name}" if outer else str(name)
+        param = param if len(param) <= _SHOWN else param[: _SHOWN - 3] + "..."
         return ApiError(400, f"{param}: is not a known parameter; leave it out", param, "unknown_parameter")
     if first["type"] == "missing":
         return ApiError(400, f"{param}: is missing", param, "missing_required_parameter")

@@ -16,7 +16,7 @@ from fastapi import Depends, Request
 from dgemma_client import Client
 from dgemma_client.errors import ClientError
 from dgemma_openai.backend import Backend
-from dgemma_openai.errors import ApiError, from_client, overloaded
+from dgemma_openai.errors import ApiError, from_client, overloaded, shown
 from dgemma_openai.metrics import Metrics
 from dgemma_openai.settings import Settings
 
@@ -42,7 +42,7 @@ class Gateway:
 
     def __init__(self, settings: Settings, client: Client) -> None:
         self.settings = settings
-        self.backend = Backend(client, settings.timeout_s)
+        self.backend = Backend(client, settings.timeout_s, settings.log_prompts)
         self.metrics = Metrics(settings.triton_metrics)
         self.started = int(time.time())
         self.draining = False  # no new work is taken
@@ -59,7 +59,7 @@ class Gateway:
         """Raises ApiError for a model that is not served here."""
         if name not in self.settings.names:
             known = ", ".join(self.settings.names)
-            message = f"model: {name!r} is not served here; known are {known}"
+            message = f"model: {shown(name)} is not served here; known are {known}"
             raise ApiError(404, message, "model", "model_not_found")
 
     def check_choices(self, count: int) -> None:

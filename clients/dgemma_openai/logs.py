@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextvars import ContextVar
 
 from pythonjsonlogger.json import JsonFormatter
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 FORMATS = ("text", "json")
 _FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s"
+request_id: ContextVar[str] = ContextVar("request_id", default="")  # of the HTTP request that is being answered
 
 
 def configure(level: str, log_format: str) -> None:

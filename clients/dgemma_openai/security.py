@@ -25,6 +25,11 @@ OPEN_PREFIX = "/playground/"
 ANTHROPIC_PREFIX = "/v1/messages"
 
 
+def is_open(path: str) -> bool:
+    """Whether anybody may ask for it."""
+    return path in OPEN_PATHS or path.startswith(OPEN_PREFIX)
+
+
 def find_key(presented: str, keys: tuple[ApiKey, ...]) -> ApiKey | None:
     """Takes the same time whichever key it is; compares all."""
     digest = hashlib.sha256(presented.encode()).digest()
@@ -49,7 +54,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            if scope["path"] not in OPEN_PATHS and not scope["path"].startswith(OPEN_PREFIX):
+            if not is_open(scope["path"]):
                 await self._admit(scope)
             body = _Body(receive, self._settings)
             await body.read(Headers(scope=scope))
@@ -61,22 +66,32 @@ class Guard:
     async def _admit(self, scope: Scope) -> None:
         if scope["method"] == "OPTIONS":
             return  # asked by browsers without credentials, and answered by the CORS rules alone
-        who = scope["client"][0] if scope["client"] else "unknown"
+        who = ("address", scope["client"][0] if scope["client"] else "unknown")
+        refusal = None
         if keys := self._settings.api_keys:
             presented = _presented(Headers(scope=scope))
-            if presented is None:
+            key = None if presented is None else find_key(presented, keys)
+            if key is not None:
+                who = ("key", key.name)
+            elif presented is None:
                 message = "no API key; send it as `Authorization: Bearer KEY` (or `x-api-key: KEY`)"
-                raise ApiError(401, message, code="missing_api_key", headers={"WWW-Authenticate": "Bearer"})
-            key = find_key(presented, keys)
-            if key is None:
-                message = "the API key is not known here"
-                raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-            who = key.name
-        if self._limit is not None and not await self._limiter.hit(self._limit, who):
-            window = await self._limiter.get_window_stats(self._limit, who)
+                refusal = _unknown("missing_api_key", message)
+            else:
+                refusal = _unknown("invalid_api_key", "the API key is not known here")
+        await self._count(*who)  # guesses count for their address
+        if refusal is not None:
+            raise refusal
+
+    async def _count(self, kind: str, name: str) -> None:
+        if self._limit is not None and not await self._limiter.hit(self._limit, kind, name):
+            window = await self._limiter.get_window_stats(self._limit, kind, name)
             seconds = max(1, math.ceil(window.reset_time - time.time()))
             message = f"more than {self._limit.amount} requests in a minute; come back in {seconds} s"
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+
+
+def _unknown(code: str, message: str) -> ApiError:
+    return ApiError(401, message, code=code, headers={"WWW-Authenticate": "Bearer"})
 
 
 @dataclass

@@ -8,12 +8,14 @@ import signal
 import socket
 import ssl
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import uvicorn
 from fastapi import FastAPI
 
 from dgemma_openai.app import create_app
+from dgemma_openai.protocol import LimitedProtocol
 from dgemma_openai.routes import service
 from dgemma_openai.settings import Settings, SettingsError
 
@@ -25,12 +27,32 @@ _LAST_BYTES_S = 2
 
 def serve(settings: Settings) -> int:
     """Stay until SIGTERM or SIGINT; a second one does not wait for running answers. The exit status."""
+    _check_tls(settings)
     with ExitStack() as sockets:
         main = sockets.enter_context(_listen("port", settings.host, settings.port))
         health = None
         if settings.health_port is not None:
             health = sockets.enter_context(_listen("health_port", settings.host, settings.health_port))
         return asyncio.run(_run(settings, main, health))
+
+
+def _check_tls(settings: Settings) -> None:
+    """Raises SettingsError for files that OpenSSL does not take; uvicorn would fail in the middle of its start."""
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")  # else OpenSSL asks for one
+    except (ssl.SSLError, OSError) as error:
+        pair = f"{settings.tls_certificate} and {settings.tls_key}"
+        message = f"tls_certificate and tls_key: {pair} are not a PEM pair without a password ({error})"
+        raise SettingsError(message) from None
+    if settings.tls_client_ca is not None:
+        try:
+            context.load_verify_locations(settings.tls_client_ca)
+        except (ssl.SSLError, OSError) as error:
+            message = f"tls_client_ca: {settings.tls_client_ca} has no PEM certificate ({error})"
+            raise SettingsError(message) from None
 
 
 def _listen(name: str, host: str, port: int) -> socket.socket:
@@ -71,6 +93,7 @@ async def _run(settings: Settings, main: socket.socket, health: socket.socket | 
 def _config(app: FastAPI, settings: Settings, tls: bool) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=LimitedProtocol,
         log_config=None,
         access_log=False,
         limit_concurrency=_CONNECTIONS,
@@ -88,15 +111,17 @@ def _health_app(app: FastAPI) -> FastAPI:
     """The health routes alone, about the same gateway."""
     health = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     health.state = app.state
-    health.include_router(service.router)
+    health.include_router(service.health_router)
     return health
 
 
 class _Server(uvicorn.Server):
     """Leaves the signals to `_Stop`."""
 
-    def install_signal_handlers(self) -> None:
-        """None of its own."""
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """None."""
+        yield
 
 
 class _Stop:

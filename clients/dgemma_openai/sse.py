@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
 from typing import Any
 
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 _FIRST_S = 5.0  # a refusal comes within it and becomes a status; else the stream begins with a sign of life
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -26,6 +26,33 @@ def named(name: str, content: Mapping[str, Any]) -> bytes:
     return b"event: " + name.encode() + b"\n" + data(content)
 
 
+class EventStream(StreamingResponse):
+    """Ends its events however it ends, also where the client has gone before the first one was asked for."""
+
+    def __init__(
+        self, events: AsyncGenerator[bytes], first: asyncio.Future[bytes], keep_alive_s: float, more: Mapping[str, str]
+    ) -> None:
+        self._events, self._pending, self._keep_alive_s = events, first, keep_alive_s
+        super().__init__(self._content(), media_type="text/event-stream", headers={**_HEADERS, **more})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await _end(self._pending, self._events)
+
+    async def _content(self) -> AsyncIterator[bytes]:
+        while True:
+            done, _ = await asyncio.wait({self._pending}, timeout=self._keep_alive_s)
+            if not done:
+                yield _KEEP_ALIVE
+                continue
+            if not (event := self._pending.result()):
+                return
+            yield event
+            self._pending = asyncio.ensure_future(anext(self._events, b""))
+
+
 async def event_stream(
     events: AsyncGenerator[bytes], keep_alive_s: float, headers: Mapping[str, str] | None = None
 ) -> StreamingResponse:
@@ -36,31 +63,15 @@ async def event_stream(
         if first.done():
             first.result()
     except BaseException:
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await events.aclose()
+        await _end(first, events)
         raise
-    content = _with_keep_alive(events, first, keep_alive_s)
-    return StreamingResponse(content, media_type="text/event-stream", headers={**_HEADERS, **(headers or {})})
+    return EventStream(events, first, keep_alive_s, headers or {})
 
 
-async def _with_keep_alive(
-    events: AsyncGenerator[bytes], pending: asyncio.Future[bytes], keep_alive_s: float
-) -> AsyncIterator[bytes]:
-    async with aclosing(events):
-        try:
-            while True:
-                done, _ = await asyncio.wait({pending}, timeout=keep_alive_s)
-                if not done:
-                    yield _KEEP_ALIVE
-                    continue
-                if not (event := pending.result()):
-                    return
-                yield event
-                pending = asyncio.ensure_future(anext(events, b""))
-        finally:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
+async def _end(pending: asyncio.Future[bytes], events: AsyncGenerator[bytes]) -> None:
+    pending.cancel()
+    await asyncio.gather(pending, return_exceptions=True)
+    await events.aclose()
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

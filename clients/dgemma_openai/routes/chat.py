@@ -41,9 +41,10 @@ from dgemma_openai.schemas.chat import (
     ToolCallFunction,
     ToolCallItem,
 )
+from dgemma_openai.strict_json import JsonRoute
 from dgemma_openai.turns import AnswerEvent, Ended, Question, answers
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=JsonRoute)
 _NAMES = {"text_input": "messages", "stop_words": "stop"}  # Triton's inputs -> this API's
 _THINKING = frozenset({"low", "medium", "high"})
 

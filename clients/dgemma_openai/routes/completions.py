@@ -20,8 +20,9 @@ from dgemma_openai.errors import from_client, invalid
 from dgemma_openai.gateway import Gateway, OpenGatewayDep, new_id
 from dgemma_openai.schemas.base import ErrorBody
 from dgemma_openai.schemas.completions import Completion, CompletionChoice, CompletionRequest
+from dgemma_openai.strict_json import JsonRoute
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], route_class=JsonRoute)
 NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop"}  # Triton's inputs -> this API's
 
 

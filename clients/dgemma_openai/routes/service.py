@@ -14,6 +14,7 @@ from dgemma_openai.errors import ApiError
 from dgemma_openai.gateway import GatewayDep
 
 router = APIRouter(tags=["service"])
+health_router = APIRouter(tags=["service"])  # all that a port for health alone has
 API_VERSION = "1"
 _DISTRIBUTION, _LICENSE_FILE = "dgemma-triton", "licenses/LICENSE"
 _RELEASE = version(_DISTRIBUTION)
@@ -61,14 +62,14 @@ class Metadata(BaseModel):
     selectedModelProfileId: str  # noqa: N815
 
 
-@router.get("/v1/health/live", response_model=Health)
-@router.get("/health", response_model=Health)
+@health_router.get("/v1/health/live", response_model=Health)
+@health_router.get("/health", response_model=Health)
 async def live() -> Health:
     """The front end answers."""
     return Health(message="Service is live.", status="live")
 
 
-@router.get("/v1/health/ready", response_model=Health, responses={503: {"model": Health}})
+@health_router.get("/v1/health/ready", response_model=Health, responses={503: {"model": Health}})
 async def ready(gateway: GatewayDep) -> Response:
     """The model takes requests."""
     if gateway.draining:
@@ -129,3 +130,6 @@ async def manifest(gateway: GatewayDep) -> dict[str, str]:
 async def metrics(gateway: GatewayDep) -> Response:
     """Prometheus' text format: this front end's, then the server's."""
     return Response(await gateway.metrics.page(), media_type=_METRICS_TYPE)
+
+
+router.include_router(health_router)

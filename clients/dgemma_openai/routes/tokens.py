@@ -18,8 +18,9 @@ from dgemma_openai.routes.chat import chat_prompt, declared
 from dgemma_openai.schemas.base import Body, Off
 from dgemma_openai.schemas.chat import ChatMessage, Tool
 from dgemma_openai.schemas.completions import TokenId
+from dgemma_openai.strict_json import JsonRoute
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter(tags=["tokens"], route_class=JsonRoute)
 _NAMES = {"text_input": "prompt"}  # Triton's inputs -> this API's
 
 

@@ -144,6 +144,17 @@ class Usage(BaseModel):
     denoising_steps: int
 
 
+class Diffusing(BaseModel):
+    """A canvas as it stands: everything in it may still change. Or how far the prompt has been read."""
+
+    index: int  # of the choice
+    canvas_index: int | None = None
+    step: int | None = None
+    text: str | None = None
+    prefilled_tokens: int | None = None
+    prompt_tokens: int | None = None
+
+
 class Error(BaseModel):
     message: str
     type: str

@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from dgemma_openai.schemas.base import Body, Generation, NoList, NoMap, Off, StreamOptions, Usage, Zero, refused
+from dgemma_openai.schemas.base import (
+    Body,
+    Diffusing,
+    Generation,
+    NoList,
+    NoMap,
+    Off,
+    StreamOptions,
+    Usage,
+    Zero,
+    refused,
+)
 
 
 class TextPart(Body):
@@ -168,17 +179,6 @@ class ChunkChoice(BaseModel):
     finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: str | int | None = None
     logprobs: None = None
-
-
-class Diffusing(BaseModel):
-    """A canvas as it stands: everything in it may still change. Or how far the prompt has been read."""
-
-    index: int  # of the choice
-    canvas_index: int | None = None
-    step: int | None = None
-    text: str | None = None
-    prefilled_tokens: int | None = None
-    prompt_tokens: int | None = None
 
 
 class ChatChunk(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from dgemma_openai.schemas.base import Generation, NoText, Nothing, Off, One, StreamOptions, Usage, Zero
+from dgemma_openai.schemas.base import Diffusing, Generation, NoText, Nothing, Off, One, StreamOptions, Usage, Zero
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -57,3 +57,4 @@ class CompletionChunk(BaseModel):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     system_fingerprint: str
+    diffusing: Diffusing | None = None
