@@ -23,14 +23,14 @@ class End:
     """Why an answer ended, in OpenAI's words and in vLLM's."""
 
     finish_reason: Literal["stop", "length"]
-    stop_reason: str | int | None
+    stop_reason: str | None
 
     @staticmethod
     def of(done: Done) -> End:
-        """A deadline cuts an answer as a length does; `stop_reason` tells them apart."""
+        """A deadline cuts an answer as a length does; `stop_reason` tells them apart. The end of a turn has none."""
         if done.finish_reason == "deadline":
             return End("length", "deadline")
-        return End(done.finish_reason, done.stop_reason)
+        return End(done.finish_reason, done.stop_reason if isinstance(done.stop_reason, str) else None)
 
 
 def usage(dones: Sequence[Done], prompts: int) -> Usage:

@@ -34,7 +34,7 @@ class Ended:
     """The last event of an answer."""
 
     finish_reason: Literal["stop", "length", "tool_calls"]
-    stop_reason: str | int | None
+    stop_reason: str | None
     done: Done
 
 

@@ -13,7 +13,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dgemma_build.accept import builds, context, faults, many, parity, precisions, served, sizes, speed, streaming
+from dgemma_build.accept import (
+    builds,
+    context,
+    faults,
+    front,
+    many,
+    parity,
+    precisions,
+    served,
+    sizes,
+    speed,
+    streaming,
+)
 from dgemma_build.accept.table import Result, Row, Setting
 from dgemma_build.bench.__main__ import PLOT, RESULT, ROOT, THREADS
 from dgemma_build.bench.report import Environment, json_line, plot, table
@@ -30,6 +42,7 @@ ROWS: tuple[Row, ...] = (
     *faults.ROWS,
     *context.ROWS,
     *many.ROWS,
+    *front.ROWS,
 )
 OUTPUT = ROOT / "benchmarks/accept.json"
 

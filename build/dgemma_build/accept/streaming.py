@@ -21,7 +21,7 @@ BAR_MS = 2.0
 QUICK_BAR_MS = 10.0  # in CI, where other work shares the cores
 
 # Behind the model's own file: notes when the engine thread commits a canvas. Changes nothing else.
-_TIMED = """
+TIMED_COMMITS = """
 
 import time
 
@@ -52,7 +52,7 @@ def _streaming(setting: Setting) -> Result:
     canvas_length = Manifest.load(setting.engine("demo")).model.canvas_length
     with TemporaryDirectory() as folder:
         log = Path(folder) / "commits"
-        repository = patched_repository(Path(folder) / "models", _TIMED.format(log=str(log)))
+        repository = patched_repository(Path(folder) / "models", TIMED_COMMITS.format(log=str(log)))
         options = ServerOptions(http_port=0, grpc_port=0, metrics_port=0, model_repository=repository)
         with running_server(setting.engine("demo"), options=options, threads=THREADS) as server:
             arrivals = asyncio.run(_arrivals(server.grpc_url, requests, canvas_length))

@@ -11,15 +11,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
 from dgemma_build.bench.figure import GREEN, GREY, svg_figure
 from dgemma_build.bench.scenario import Cell, speedup
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 SERVER, ENGINE = "server over gRPC", "engine in process"
 BASELINES = ("transformers", "transformers, compiled")
@@ -137,8 +134,8 @@ def json_line(cells: Sequence[Cell], environment: Environment) -> str:
     return json.dumps(_rounded(content))
 
 
-def points_line(benchmark: str, points: Sequence[DataclassInstance], environment: Environment) -> str:
-    """Everything of a benchmark whose figures are a list of points, on one line."""
+def points_line(benchmark: str, points: Sequence[Any], environment: Environment) -> str:
+    """Everything of a benchmark whose figures are a list of points (dataclasses), on one line."""
     content = {"benchmark": benchmark, **asdict(environment), "points": [asdict(point) for point in points]}
     return json.dumps(_rounded(content))
 

@@ -151,7 +151,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     finish_reason: Literal["stop", "length", "tool_calls"]
-    stop_reason: str | int | None = None
+    stop_reason: str | None = None
     logprobs: None = None
 
 
@@ -177,7 +177,7 @@ class ChunkChoice(BaseModel):
     index: int
     delta: Delta
     finish_reason: Literal["stop", "length", "tool_calls"] | None
-    stop_reason: str | int | None = None
+    stop_reason: str | None = None
     logprobs: None = None
 
 

@@ -33,7 +33,7 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     finish_reason: Literal["stop", "length"] | None
-    stop_reason: str | int | None = None
+    stop_reason: str | None = None
     logprobs: None = None
 
 
