@@ -20,7 +20,7 @@ LOCK := artifacts/lock/bin/uv pip compile pyproject.toml --universal --python-ve
 	--no-emit-package torch --custom-compile-command "make lock" --quiet $(LOCK_ARGS)
 TWO_COLUMNS := while IFS='|' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
-.PHONY: help setup demo serve engines test check stress bench accept gpu-check lock clean
+.PHONY: help setup demo serve openai engines test check stress bench accept gpu-check lock clean
 
 help: ## List the targets and settings
 	@echo "Targets:"
@@ -31,6 +31,7 @@ help: ## List the targets and settings
 #: PYTHON Python to make .venv with (default: the first usable of python3.11, python3.12, python3)
 #: TORCH_INDEX package index for torch, e.g. https://download.pytorch.org/whl/cpu (default: pip's own)
 #: SERVE_ARGS more arguments for `dgemma-server run`
+#: OPENAI_ARGS more arguments for `nim-serve`
 #: PYTEST_ARGS more arguments for pytest
 #: BENCH_ARGS more arguments for the benchmark
 #: STRESS_ARGS more arguments for the stress run, e.g. "--seconds 30"
@@ -45,6 +46,9 @@ demo: .venv/.demo-installed $(ENGINE)/config.json ## Start a Triton server, send
 
 serve: .venv/.demo-installed $(ENGINE)/config.json ## Keep the demo server in the foreground
 	@exec $(BIN)/dgemma-server run --engine $(ENGINE) $(SERVE_ARGS)
+
+openai: .venv/.demo-installed $(ENGINE)/config.json ## Keep the demo server and its HTTP front end in the foreground
+	@NIM_MODEL_PATH=$(ENGINE) exec $(BIN)/nim-serve --host 127.0.0.1 $(OPENAI_ARGS)
 
 engines: $(ENGINE)/config.json $(RTX_ENGINE)/config.json ## Build every engine that needs no GPU to build
 	@echo "Up to date: $(^D)"
