@@ -1,4 +1,4 @@
-"""The container's health check: whether the front end says that it is ready. Knows the address from the variables only."""
+"""The container's health check: whether the front end says that it is ready. Knows the address by variables only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first process of a container over stand-ins: order of start and stop, ends nobody asked for, children of nobody."""
+"""The first process of a container over stand-ins: order of start and stop, ends nobody asked for, orphans."""
 
 from __future__ import annotations
 
