@@ -26,6 +26,7 @@ class Question:
 
     prompt: Ask  # messages and what the template is given
     plan: ToolPlan = field(default_factory=ToolPlan)
+    opened: bool = False  # whether the prompt ends with the plan's prefix already
     raw: bool = False  # whether answers are plain text to their last token, whatever ends a turn in between
 
 
@@ -53,7 +54,7 @@ async def answers(
     `names` are the API's own names of Triton's inputs, for errors. Raises ApiError. Closing it ends the generations.
     """
     try:
-        prompt = await _opened(gateway, question, request_id)
+        prompt = await opened(gateway, question, request_id)
         asks = [
             replace(
                 prompt,
@@ -71,9 +72,9 @@ async def answers(
         raise from_client(error, names) from None
 
 
-async def _opened(gateway: Gateway, question: Question, request_id: str) -> Ask:
-    """The prompt; where a call is demanded, as text that ends with the beginning of one."""
-    if not question.plan.prefix:
+async def opened(gateway: Gateway, question: Question, request_id: str) -> Ask:
+    """The prompt; where a call is demanded, as text that ends with the beginning of one. Raises ClientError."""
+    if question.opened or not question.plan.prefix:
         return question.prompt
     tokens = await gateway.backend.tokenize(replace(question.prompt, request_id=f"{request_id}-prompt"))
     return Ask(request_id, {}, text=tokens.text + question.plan.prefix, previews=question.prompt.previews)

@@ -37,10 +37,16 @@ def messages_history(messages: object, system: object = None) -> list[Message]:
         path = f"messages[{index}]"
         message = an_object(path, value)
         only(path, message, _MESSAGE)
-        if one_of(f"{path}.role", message.get("role"), "user", "assistant") == "user":
-            _user(conversation, f"{path}.content", message.get("content"))
-        else:
-            _assistant(conversation, f"{path}.content", message.get("content"))
+        at, content = f"{path}.content", message.get("content")
+        match one_of(f"{path}.role", message.get("role"), "user", "assistant", "system"):
+            case "user":
+                _user(conversation, at, content)
+            case "assistant":
+                _assistant(conversation, at, content)
+            case _:
+                conversation.system(
+                    PART_JOINT.join(text_part(place, block, "text") for place, block in _blocks(at, content))
+                )
     return conversation.messages
 
 
