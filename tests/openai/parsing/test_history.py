@@ -206,7 +206,7 @@ def test_chat_completions_refuse_by_path(messages: object, param: str, words: st
     ("messages", "system", "param"),
     [
         ([], None, "messages"),
-        (message("system"), None, "messages[0].role"),
+        (message("tool"), None, "messages[0].role"),
         (message("user", None), None, "messages[0].content"),
         (message("user", name="Ada"), None, "messages[0].name"),
         (message("user"), [{"type": "image"}], "system[0].type"),
