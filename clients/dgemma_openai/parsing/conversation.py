@@ -2,7 +2,9 @@
 
 Roles are system, user, assistant and tool; content is text. An assistant's `tool_calls` have arguments as objects, a
 tool's result names its function; the template finds results behind the message with their calls and nowhere else.
-Neighbouring system messages at the start become one, since the template has one system turn.
+Neighbouring system messages at the start become one, since the template has one system turn. Text that the assistant
+wrote before calls is a message of its own: the released template joins neighbouring ones to one turn, but writes a
+message's text behind the results of its calls, and ends the turn there.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
 
     def assistant(self, text: str, reasoning: str = "", calls: Sequence[PastCall] = ()) -> None:
-        """A turn of the model."""
+        """A turn of the model, or a part of it: thinking and text come before calls."""
+        if text.strip() and calls:
+            self.messages.append({"role": "assistant", "content": text})
+            text = ""
         message: Message = {"role": "assistant", "content": text}
         if reasoning:
             message["reasoning_content"] = reasoning

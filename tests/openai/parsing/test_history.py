@@ -22,7 +22,8 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "argumen
 HISTORY: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Weather?\nIn Paris."},
-    {"role": "assistant", "content": "Let me look.", "reasoning_content": "Hm.", "tool_calls": [CALL]},
+    {"role": "assistant", "content": "Let me look."},
+    {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "Sunny"},
     {"role": "user", "content": "Thanks"},
 ]
@@ -126,7 +127,7 @@ def test_calls_in_a_row_of_items_are_one_message_and_summaries_stand_in() -> Non
 
 def test_the_demos_template_renders_it_and_the_parser_reads_that() -> None:
     prompt = ChatTemplate.load(DEMO).render(HISTORY)
-    turn = prompt.split("<|turn>model\n")[1].split("<turn|>")[0]
+    turn = prompt.split("<|turn>model\n")[2].split("<turn|>")[0]
     (call,) = parse(turn, tools={"weather": {}}).calls
 
     assert (call.name, json.loads(call.arguments)) == ("weather", ARGUMENTS)
