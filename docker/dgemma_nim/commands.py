@@ -11,6 +11,7 @@ from dgemma_nim.profiles import Profile
 
 _DRAIN_MARGIN_S = 5  # that Triton has beyond the front end's drain: its last requests are the front end's
 LOOPBACK = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def front_end_command(program: tuple[str, ...], configuration: Configuration) ->
 
 
 def server_command(program: tuple[str, ...], configuration: Configuration, engine: Path) -> list[str]:
-    """`dgemma-server run`: Triton, on loopback only."""
-    words = [*program, "--engine", str(engine), "--host", LOOPBACK]
+    """`dgemma-server run`: Triton, on loopback unless it is to be reached from elsewhere."""
+    words = [*program, "--engine", str(engine), "--host", EVERYWHERE if configuration.expose_triton else LOOPBACK]
     words += _options(
         ("--http-port", configuration.triton_http_port),
         ("--grpc-port", configuration.triton_grpc_port),

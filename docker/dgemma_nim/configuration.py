@@ -42,6 +42,7 @@ class Configuration:
     host: str
     server_port: int
     health_port: int | None
+    expose_triton: bool
     triton_grpc_port: int
     triton_metrics_port: int
     triton_http_port: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,16 @@ def test_a_values_file_of_nim_llm_has_all_its_keys() -> None:
     assert sorted(case) == sorted(words.split())
     model = "jsonLogging labels legacyCompat logLevel modelStorePath name ngcAPIKey ngcAPISecret nimCache numGpus"
     assert sorted(case["model"]) == sorted([*model.split(), "openaiPort", "subPath"])
+
+
+def test_the_schema_is_strict_at_every_level() -> None:
+    objects = [node for node in kinds.walk(cases.schema()) if isinstance(node, dict) and node.get("type") == "object"]
+    with_properties = [node for node in objects if "properties" in node]
+    assert len(with_properties) >= 40
+    assert all(node["additionalProperties"] is False for node in with_properties)
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((helm.ROOT / "pyproject.toml").read_text())["project"]
+    chart = yaml.safe_load((helm.CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == chart["version"] == project["version"].partition(".dev")[0]

@@ -162,7 +162,7 @@ def test_triton_is_reached_only_where_a_value_says_so(rendered: dict[str, list[O
     for name, objects in rendered.items():
         exposed = {each["name"] for each in server(objects)["ports"]} & {"grpc", "triton-metrics"}
         assert bool(exposed) == (name == "engine-job")
-        assert environment(server(objects)).get("DGEMMA_TRITON_HOST") == ("0.0.0.0" if exposed else None)
+        assert environment(server(objects)).get("DGEMMA_EXPOSE_TRITON") == ("1" if exposed else None)
 
 
 def test_shared_memory_is_memory(objects: list[Object]) -> None:

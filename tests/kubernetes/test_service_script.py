@@ -1,69 +1,54 @@
-"""What the pods of `helm test` run, as they run it, against a stand-in for the API."""
+"""What the pods of `helm test` run, as they run it, against the front end over a stand-in for Triton."""
 
 from __future__ import annotations
 
-import json
+import hashlib
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import replace
 
-import pytest
+import uvicorn
 
 from dgemma_build.chart.kinds import Object
+from dgemma_client import Client, MockTransport
+from dgemma_client.events import ServerInfo
+from dgemma_client.mock import reply
+from dgemma_openai.app import create_app
+from dgemma_openai.settings import ApiKey, Settings
+
+FACTS = {"max_model_len": "4096", "canvas_length": "64", "checkpoint": "demo", "server_version": "1.2.3"}
+KEY = "one-key"
 
 
-@dataclass
-class Api:
-    """Answers as the front end does; notes what it was asked."""
+class Triton(MockTransport):
+    """Has loaded the model, or not yet."""
 
-    url: str = ""
-    content: str = '{"name": "Ada"}'
-    ready: bool = True
-    asked: list[tuple[str, str | None, Any]] = field(default_factory=list)
+    loaded = True
 
-    def answer(self, path: str) -> tuple[int, Any]:
-        if path == "/v1/models":
-            return 200, {"data": [{"id": "dgemma"}]}
-        if path == "/v1/chat/completions":
-            return 200, {"choices": [{"message": {"content": self.content}}]}
-        return (200 if self.ready or path.endswith("/live") else 503), {"status": "ready"}
+    async def info(self, model: str, timeout_s: float) -> ServerInfo:
+        return replace(await super().info(model, timeout_s), parameters=dict(FACTS))
+
+    async def ready(self, model: str, timeout_s: float) -> bool:
+        return self.loaded
 
 
-def respond(handler: BaseHTTPRequestHandler, state: Api) -> None:
-    length = int(handler.headers.get("Content-Length") or 0)
-    body = json.loads(handler.rfile.read(length)) if length else None
-    state.asked.append((handler.path, handler.headers.get("Authorization"), body))
-    status, answer = state.answer(handler.path)
-    handler.send_response(status)
-    handler.end_headers()
-    handler.wfile.write(json.dumps(answer).encode())
-
-
-@pytest.fixture
-def api() -> Iterator[Api]:
-    state = Api()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            respond(self, state)
-
-        def do_POST(self) -> None:
-            respond(self, state)
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+@contextmanager
+def api(triton: Triton, keys: tuple[ApiKey, ...] = ()) -> Iterator[str]:
+    """The address of a front end."""
+    app = create_app(Settings(served_model_names=("dgemma",), api_keys=keys), Client(transport=triton))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
-        yield state
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def run(objects: list[Object], test: str, url: str, key: str = "") -> subprocess.CompletedProcess[str]:
@@ -78,38 +63,50 @@ def run(objects: list[Object], test: str, url: str, key: str = "") -> subprocess
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_health_asks_both(api: Api, rendered: dict[str, list[Object]]) -> None:
-    assert run(rendered["defaults"], "health", api.url).returncode == 0
-    assert [path for path, _, _ in api.asked] == ["/v1/health/live", "/v1/health/ready"]
+def test_health(rendered: dict[str, list[Object]]) -> None:
+    with api(Triton(reply("a"))) as url:
+        done = run(rendered["defaults"], "health", url)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["/v1/health/live", "/v1/health/ready"]
 
 
-def test_health_fails_where_the_model_is_not_ready(api: Api, rendered: dict[str, list[Object]]) -> None:
-    api.ready = False
-    done = run(rendered["defaults"], "health", api.url)
+def test_health_fails_where_the_model_is_not_ready(rendered: dict[str, list[Object]]) -> None:
+    triton = Triton(reply("a"))
+    triton.loaded = False
+    with api(triton) as url:
+        done = run(rendered["defaults"], "health", url)
     assert done.returncode != 0
     assert "503" in done.stderr
 
 
-def test_completion_asks_the_first_model(api: Api, rendered: dict[str, list[Object]]) -> None:
-    done = run(rendered["defaults"], "completion", api.url)
+def test_completion(rendered: dict[str, list[Object]]) -> None:
+    triton = Triton(reply('{"name": ', '"Ada"}'))
+    with api(triton) as url:
+        done = run(rendered["defaults"], "completion", url)
     assert done.returncode == 0, done.stderr
-    path, authorization, body = api.asked[-1]
-    assert (path, authorization, body["model"]) == ("/v1/chat/completions", None, "dgemma")
+    assert "Ada" in done.stdout
+    assert triton.requests[-1].inputs["seed"] == (1,)
 
 
-def test_completion_sends_the_key(api: Api, rendered: dict[str, list[Object]]) -> None:
-    assert run(rendered["secure"], "completion", api.url, key="one-key").returncode == 0
-    assert {authorization for _, authorization, _ in api.asked} == {"Bearer one-key"}
+def test_completion_needs_the_key_where_one_is_asked_for(rendered: dict[str, list[Object]]) -> None:
+    keys = (ApiKey(hashlib.sha256(KEY.encode()).digest(), "test"),)
+    with api(Triton(reply("a")), keys) as url:
+        taken = run(rendered["secure"], "completion", url, KEY)
+        refused = run(rendered["secure"], "completion", url)
+    assert taken.returncode == 0, taken.stderr
+    assert refused.returncode != 0
+    assert "401" in refused.stderr
 
 
-def test_completion_fails_where_the_model_has_another_name(api: Api, rendered: dict[str, list[Object]]) -> None:
-    done = run(rendered["nim-llm"], "completion", api.url)
+def test_completion_fails_where_the_model_has_another_name(rendered: dict[str, list[Object]]) -> None:
+    with api(Triton(reply("a"))) as url:
+        done = run(rendered["nim-llm"], "completion", url)
     assert done.returncode != 0
     assert "model.name is 'nvidia/diffusiongemma-26b-a4b-it'; served are ['dgemma']" in done.stderr
 
 
-def test_completion_fails_on_an_empty_answer(api: Api, rendered: dict[str, list[Object]]) -> None:
-    api.content = ""
-    done = run(rendered["defaults"], "completion", api.url)
+def test_completion_fails_on_an_empty_answer(rendered: dict[str, list[Object]]) -> None:
+    with api(Triton(reply(""))) as url:
+        done = run(rendered["defaults"], "completion", url)
     assert done.returncode != 0
     assert "the answer is empty" in done.stderr

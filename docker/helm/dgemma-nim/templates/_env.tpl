@@ -39,7 +39,7 @@
 - {name: NIM_SSL_KEY_PATH, of: tls.existingSecret, value: /etc/dgemma/tls/tls.key}
 {{- end }}
 {{- if or .Values.service.grpcPort .Values.service.metricsPort }}
-- {name: DGEMMA_TRITON_HOST, of: service.grpcPort, value: 0.0.0.0}
+- {name: DGEMMA_EXPOSE_TRITON, of: service.grpcPort, value: "1"}
 {{- end }}
 {{- end -}}
 
