@@ -163,6 +163,6 @@ def test_shell_scripts_are_clean() -> None:
 def test_the_image_check_is_clean() -> None:
     script = ROOT / "build/tooling/check-image"
     for words in (["check"], ["format", "--check"]):
-        command = [sys.executable, "-m", "ruff", *words, script]
+        command = [sys.executable, "-m", "ruff", *words, str(script)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout

@@ -85,7 +85,7 @@ def test_the_last_of_two_flags_counts_and_empty_variables_do_not() -> None:
     ],
 )
 def test_variables(name: str, environment: dict[str, str], expected: Any) -> None:
-    assert value(name, **environment) == expected
+    assert getattr(resolve([], environment).configuration, name) == expected
 
 
 def test_names_on_a_command_line_may_be_several_words() -> None:

@@ -204,7 +204,13 @@ def test_json_logs_are_objects_line_by_line(container: Container) -> None:
 
 def test_a_command_that_is_not_there_is_one_line(container: Container, tmp_path: Path) -> None:
     code = DRIVER.replace('tuple(given["front_end"])', '("/nowhere/dgemma-openai",)')
-    given = {"front_end": [], "server": [], "prepare": [], "result": str(tmp_path / "x"), "arguments": []}
+    given: dict[str, object] = {
+        "front_end": [],
+        "server": [],
+        "prepare": [],
+        "result": str(tmp_path / "x"),
+        "arguments": [],
+    }
     given |= {"environment": {}, "child_environment": {}}
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(given)], capture_output=True, text=True, timeout=60, check=False
