@@ -1,6 +1,7 @@
-"""The Triton server inside of the nvidia-pytriton wheel: checks that it runs here, stages its backend, its environment.
+"""The Triton server inside of the nvidia-pytriton wheel, or one that is installed: checks that it runs here, stages its
+backend, its environment.
 
-Knows where the wheel keeps what, nothing of engines or requests. Nothing of PyTriton's own Python code is used.
+Knows where each keeps what, nothing of engines or requests. Nothing of PyTriton's own Python code is used.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dgemma_runtime.errors import ConfigurationError
 PACKAGE, VERSION = "nvidia-pytriton", "0.7.0"  # carries Triton 2.51.0, release 24.10
 PYTHON_BACKEND_FILES = ("libtriton_python.so", "triton_python_backend_utils.py")
 STUB = "triton_python_backend_stub"
+ROOT_VARIABLE = "DGEMMA_TRITON_ROOT"  # of a server that is installed, as NVIDIA's image has one in /opt/tritonserver
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,12 @@ class TritonInstall:
 
 
 def find_triton() -> TritonInstall:
-    """Raises ConfigurationError naming what is missing or does not fit, and the remedy."""
+    """Where `ROOT_VARIABLE` says, else in the wheel.
+
+    Raises ConfigurationError naming what is missing or does not fit, and the remedy.
+    """
+    if named := os.environ.get(ROOT_VARIABLE):
+        return installed_triton(Path(named))
     check_version(PACKAGE, VERSION)
     check_numpy(importlib.metadata.version("numpy"))
     site = Path(str(importlib.metadata.distribution(PACKAGE).locate_file("")))
@@ -67,6 +74,26 @@ def find_triton() -> TritonInstall:
                 f"{path}: missing from {PACKAGE} {VERSION} (Python {python}); "
                 f"install it again with `pip install --no-deps --force-reinstall {PACKAGE}=={VERSION}`"
             )
+    _libpython()
+    return install
+
+
+def installed_triton(root: Path) -> TritonInstall:
+    """A server with its files where NVIDIA's image has them; raises ConfigurationError."""
+    backend = root / "backends" / "python"
+    install = TritonInstall(root / "bin" / "tritonserver", backend, backend / STUB, root / "lib")
+    for path in (install.binary, install.stub, *(backend / name for name in PYTHON_BACKEND_FILES)):
+        if not path.is_file():
+            raise ConfigurationError(
+                f"{ROOT_VARIABLE} is {str(root)!r}, which has no {path.relative_to(root)}; correct it, or unset it to "
+                f"use the server of {PACKAGE}"
+            )
+    python = f"libpython{sys.version_info.major}.{sys.version_info.minor}."
+    if python.encode() not in install.stub.read_bytes():
+        raise ConfigurationError(
+            f"{install.stub} was not built for this Python ({python}so); run this with the Python of that Triton, or "
+            f"unset {ROOT_VARIABLE} to use the server of {PACKAGE}"
+        )
     _libpython()
     return install
 

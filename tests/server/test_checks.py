@@ -19,7 +19,7 @@ from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.process_settings import SETTINGS_VARIABLE, ProcessSettings
 from dgemma_runtime.settings import RuntimeSettings
 from dgemma_runtime.triton_features import check_triton
-from dgemma_runtime.triton_install import check_numpy, check_version, find_triton
+from dgemma_runtime.triton_install import ROOT_VARIABLE, check_numpy, check_version, find_triton
 
 
 class Response:
@@ -96,6 +96,31 @@ def test_a_missing_file_of_the_wheel_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(triton_install, "STUB", "no_such_stub")
     with pytest.raises(ConfigurationError, match=r"no_such_stub: missing from nvidia-pytriton 0\.7\.0"):
         find_triton()
+
+
+def test_a_server_that_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the files of the wheel where NVIDIA's image has them."""
+    wheel = find_triton()
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
+    with pytest.raises(ConfigurationError, match=f"{ROOT_VARIABLE} is '{tmp_path}', which has no bin/tritonserver"):
+        find_triton()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "tritonserver").symlink_to(wheel.binary)
+    backend = tmp_path / "backends" / "python"
+    backend.mkdir(parents=True)
+    for name in triton_install.PYTHON_BACKEND_FILES:
+        (backend / name).symlink_to(wheel.backend / name)
+    (backend / triton_install.STUB).write_bytes(b"libpython2.7.so.1.0")
+    with pytest.raises(ConfigurationError, match="was not built for this Python"):
+        find_triton()
+    (backend / triton_install.STUB).unlink()
+    (backend / triton_install.STUB).symlink_to(wheel.stub)
+    install = find_triton()
+    assert (install.binary, install.libraries) == (tmp_path / "bin" / "tritonserver", tmp_path / "lib")
+    assert {file.name for file in (install.stage_backends(tmp_path / "run") / "python").iterdir()} == {
+        *triton_install.PYTHON_BACKEND_FILES,
+        triton_install.STUB,
+    }
 
 
 def test_the_stub_finds_its_libraries(tmp_path: Path) -> None:
