@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -104,3 +105,24 @@ def test_the_version_is_that_of_the_project() -> None:
     project = tomllib.loads((helm.ROOT / "pyproject.toml").read_text())["project"]
     chart = yaml.safe_load((helm.CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == chart["version"] == project["version"].partition(".dev")[0]
+
+
+def test_the_example_of_the_readme_is_taken(tmp_path: Path) -> None:
+    _, _, rest = README.read_text().partition("```yaml\n")
+    values = tmp_path / "my-values.yaml"
+    values.write_text(rest.partition("```")[0])
+    found = {item["kind"] for item in kinds.read_objects(helm.render(values))}
+    assert {"StatefulSet", "Service", "NetworkPolicy", "PodDisruptionBudget", "Pod"} <= found
+
+
+def test_another_chart_may_depend_on_it(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(helm.CHART, parent / "charts" / helm.CHART.name)
+    dependency = {"name": helm.CHART.name, "version": "0.1.0", "alias": "nim-llm", "condition": "nim-llm.enabled"}
+    chart = {"apiVersion": "v2", "name": "parent", "version": "1.0.0", "dependencies": [dependency]}
+    (parent / "Chart.yaml").write_text(yaml.safe_dump(chart))
+    values = tmp_path / "values.yaml"
+    for enabled, count in ((True, 7), (False, 0)):
+        given = {"global": {"team": "a"}, "nim-llm": {"enabled": enabled, "model": {"name": "dgemma"}}}
+        values.write_text(yaml.safe_dump(given))
+        assert len(kinds.read_objects(helm.render(values, chart=parent))) == count

@@ -48,10 +48,10 @@ def lint(values: Path) -> str:
     return _helm("lint", str(CHART), "--strict", "--kube-version", KUBERNETES, "--values", str(values))
 
 
-def render(values: Path, release: str = "demo") -> str:
+def render(values: Path, release: str = "demo", chart: Path = CHART) -> str:
     """All objects as YAML, tests and hooks included; raises HelmError."""
     options = ["--namespace", "inference", "--kube-version", KUBERNETES, "--values", str(values)]
-    return _helm("template", release, str(CHART), *options)
+    return _helm("template", release, str(chart), *options)
 
 
 def _helm(*arguments: str) -> str:
