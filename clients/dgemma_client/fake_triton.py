@@ -9,7 +9,7 @@ Knows no model: a handler yields what each request gets.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -45,11 +45,11 @@ Handler = Callable[[InferRequest], Iterable[Item]]
 
 class FakeTriton:
     """What it saw: `requests` in order, `left` the ids of those whose client went away before the end, `peers` the
-    addresses of its clients' connections.
+    addresses of its clients' connections. `parameters` are those of the model's configuration.
     """
 
-    def __init__(self, handler: Handler, port: int = 0) -> None:
-        self._servicer = _Servicer(handler)
+    def __init__(self, handler: Handler, port: int = 0, parameters: Mapping[str, str] | None = None) -> None:
+        self._servicer = _Servicer(handler, {"max_model_len": "4096"} if parameters is None else parameters)
         self._server = grpc.aio.server(options=(("grpc.max_receive_message_length", -1),))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._servicer, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
@@ -88,8 +88,8 @@ class FakeTriton:
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    def __init__(self, handler: Handler) -> None:
-        self._handler = handler
+    def __init__(self, handler: Handler, parameters: Mapping[str, str]) -> None:
+        self._handler, self._parameters = handler, parameters
         self.requests: list[InferRequest] = []
         self.left: list[str] = []
         self.peers: set[str] = set()
@@ -106,7 +106,8 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     async def ModelConfig(self, request: Any, context: Any) -> Any:  # noqa: N802
         response = service_pb2.ModelConfigResponse()
         response.config.name = request.name
-        response.config.parameters["max_model_len"].string_value = "4096"
+        for name, value in self._parameters.items():
+            response.config.parameters[name].string_value = value
         for name in INPUTS:
             response.config.input.add(name=name)
         for name in OUTPUTS:

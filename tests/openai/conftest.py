@@ -56,7 +56,7 @@ class Front:
     http: httpx.AsyncClient
 
     async def get(self, path: str, **headers: str) -> httpx.Response:
-        return await self.http.get(path, headers=headers)
+        return await self.http.get(path, headers={name.replace("_", "-"): value for name, value in headers.items()})
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """`body` is JSON, or bytes to send as they are."""

@@ -76,5 +76,5 @@ def test_a_file_without_usable_keys_is_refused(tmp_path: Path, content: bytes, m
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="api_key_hashes: .* is not readable"):
+    with pytest.raises(SettingsError, match=r"api_key_hashes: .* is not readable"):
         read_api_keys(tmp_path / "none")

@@ -15,7 +15,7 @@ class CompletionRequest(Generation):
     """Text or token ids to go on with, without a chat template."""
 
     prompt: Annotated[
-        str | list[str] | list[TokenId] | list[list[TokenId]],
+        str | list[str] | list[TokenId] | list[Annotated[list[TokenId], Field(min_length=1)]],
         Field(description="One or several; each gets n answers, in order."),
     ]
     max_tokens: Annotated[int | None, Field(ge=1, lt=2**31)] = None
