@@ -86,6 +86,15 @@ def test_text_alone() -> None:
     assert messages_history([{"role": "user", "content": "Hi"}]) == [{"role": "user", "content": "Hi"}]
 
 
+def test_anthropics_messages_may_instruct_later() -> None:
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    ]
+
+    assert messages_history(messages)[1:] == [{"role": "system", "content": "Be brief."}]
+
+
 def test_system_messages_at_the_start_become_one() -> None:
     messages = [{"role": role, "content": role} for role in ("system", "developer", "user", "system")]
 
