@@ -34,12 +34,12 @@ from dgemma_openai.parsing.history_responses import responses_history
 from dgemma_openai.parsing.tools import responses_tools
 from dgemma_openai.schemas.base import ErrorBody
 from dgemma_openai.schemas.responses import (
+    ChosenFunction,
     DeclaredTool,
     FunctionCallItem,
     IncompleteDetails,
     InputTokensDetails,
     MessageItem,
-    NamedFunction,
     OutputItem,
     OutputText,
     OutputTokensDetails,
@@ -51,6 +51,7 @@ from dgemma_openai.schemas.responses import (
     ResponsesRequest,
     ResponseUsage,
     SummaryText,
+    UsedChoice,
     UsedReasoning,
 )
 from dgemma_openai.strict_json import JsonRoute
@@ -118,7 +119,7 @@ def _job(body: ResponsesRequest, gateway: Gateway) -> _Job:
 def _question(body: ResponsesRequest) -> Question:
     items = body.input if isinstance(body.input, str) else [item.model_dump(exclude_none=True) for item in body.input]
     tools = [tool.model_dump(exclude_none=True, exclude={"strict"}) for tool in body.tools or ()]
-    choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, NamedFunction) else body.tool_choice
+    choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, ChosenFunction) else body.tool_choice
     effort = None if body.reasoning is None else body.reasoning.effort
     try:
         messages = responses_history(items, body.instructions)
@@ -164,9 +165,9 @@ class _Output:
         match event:
             case ReasoningDelta(text):
                 self.reasoning += text
-                yield from self._text(ReasoningItem, _SUMMARY if self._summary else _THINKING, text)
+                yield from self._text(ReasoningItem, text)
             case ContentDelta(text):
-                yield from self._text(MessageItem, _MESSAGE, text)
+                yield from self._text(MessageItem, text)
             case ToolCallStart(_, id_, name):
                 yield from self._begin(FunctionCallItem(id=_id("fc"), call_id=id_, name=name))
             case ToolCallArguments(_, json_text):
@@ -177,17 +178,18 @@ class _Output:
                 yield from self._end("completed" if complete else "incomplete")
             case Ended():
                 if not self.items:
-                    yield from self._text(MessageItem, _MESSAGE, "")
+                    yield from self._text(MessageItem, "")
                 yield from self._end(_status(event))
 
-    def _text(self, kind: type[ReasoningItem] | type[MessageItem], names: _Texts, text: str) -> Iterator[Told]:
+    def _text(self, kind: type[ReasoningItem] | type[MessageItem], text: str) -> Iterator[Told]:
         if not isinstance(self._open, kind):
             item = kind(id=_id("msg" if kind is MessageItem else "rs"))
             yield from self._begin(item)
-            part = _add_part(item, self._summary)
+            _add_part(item, self._summary)
+            names, part = _part(item)
             yield self._told(f"{names.part}.added", {names.index: 0}, part=part.model_dump())
         assert isinstance(self._open, ReasoningItem | MessageItem)
-        _, part = _part(self._open)
+        names, part = _part(self._open)
         part.text += text
         if text:
             yield self._told(f"{names.text}.delta", {names.index: 0, **names.more}, delta=text)
@@ -217,15 +219,13 @@ class _Output:
         return event, {"item_id": self.items[index].id, "output_index": index, **(more or {}), **fields}
 
 
-def _add_part(item: ReasoningItem | MessageItem, summary: bool) -> SummaryText | ReasoningText | OutputText:
+def _add_part(item: ReasoningItem | MessageItem, summary: bool) -> None:
     if isinstance(item, MessageItem):
         item.content = [OutputText()]
-        return item.content[0]
-    if summary:
+    elif summary:
         item.summary = [SummaryText()]
-        return item.summary[0]
-    item.content = [ReasoningText()]
-    return item.content[0]
+    else:
+        item.content = [ReasoningText()]
 
 
 def _part(item: ReasoningItem | MessageItem) -> tuple[_Texts, SummaryText | ReasoningText | OutputText]:
@@ -276,6 +276,8 @@ async def _stream(job: _Job, gateway: Gateway) -> AsyncGenerator[bytes]:
         # Raw readers of the API know its members, official clients raise where there is an `error`.
         said = error.body()["error"]
         yield told("error", {"code": error.code, "message": error.message, "param": error.param, "error": said})
+        for item in output.items:
+            item.status = "completed" if item.status == "completed" else "incomplete"
         failure = ResponseFailure(message=error.message)
         yield told("response.failed", {"response": _response(job, "failed", output.items, error=failure).model_dump()})
 
@@ -322,6 +324,7 @@ def _response(
         DeclaredTool(name=tool.name, description=tool.description, parameters=tool.parameters)
         for tool in body.tools or ()
     ]
+    choice = body.tool_choice
     return ResponseObject(
         id=job.id,
         created_at=job.created,
@@ -334,7 +337,7 @@ def _response(
         usage=counts,
         instructions=body.instructions,
         tools=tools,
-        tool_choice=body.tool_choice or "auto",
+        tool_choice=UsedChoice(name=choice.name) if isinstance(choice, ChosenFunction) else choice or "auto",
         parallel_tool_calls=body.parallel_tool_calls is not False,
         max_output_tokens=body.max_output_tokens,
         temperature=body.temperature,

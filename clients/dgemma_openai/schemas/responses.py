@@ -115,7 +115,7 @@ class FunctionTool(Body):
     strict: Off = None
 
 
-class NamedFunction(Body):
+class ChosenFunction(Body):
     type: Literal["function"]
     name: str
 
@@ -153,7 +153,7 @@ class ResponsesRequest(Sampling, Labels):
     instructions: str | None = None
     max_output_tokens: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     tools: list[Annotated[FunctionTool, only("function")]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: Annotated[bool | None, Field(description="false: the answer ends after one call.")] = None
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
@@ -259,6 +259,11 @@ class DeclaredTool(BaseModel):
     strict: Literal[False] = False
 
 
+class UsedChoice(BaseModel):
+    type: Literal["function"] = "function"
+    name: str
+
+
 class UsedReasoning(BaseModel):
     effort: Effort | None
     summary: Literal["auto", "detailed"] | None
@@ -284,7 +289,7 @@ class ResponseObject(BaseModel):
     usage: ResponseUsage | None
     instructions: str | None
     tools: list[DeclaredTool]
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction
+    tool_choice: Literal["none", "auto", "required"] | UsedChoice
     parallel_tool_calls: bool
     max_output_tokens: int | None
     temperature: float | None
