@@ -77,10 +77,12 @@ accept: .venv/.test-installed $(ENGINE)/config.json ## Measure every row of the 
 gpu-check: ## Check the kernels on this machine's GPU with PYTHON (which needs torch and triton): numbers, speed, whole steps
 	@PYTHONPATH=build:python_backend $(or $(PYTHON),python3) -m dgemma_build.gpu_check $(GPU_CHECK_ARGS)
 
-lock: artifacts/lock/bin/uv ## Resolve pyproject.toml again into test.lock and, as a subset of it, demo.lock
+lock: artifacts/lock/bin/uv ## Resolve pyproject.toml again into test.lock and, as subsets of it, the other locks
 	@$(LOCK) --extra test --output-file test.lock
 	@$(LOCK) --extra demo --constraints test.lock --output-file demo.lock
-	@echo "Wrote test.lock and demo.lock"
+	@$(LOCK) --extra image --constraints test.lock --output-file serve.lock
+	@$(LOCK) --extra gateway --constraints test.lock --output-file gateway.lock
+	@echo "Wrote test.lock, demo.lock, serve.lock and gateway.lock"
 
 clean: ## Remove .venv and everything generated
 	@rm -rf .venv artifacts dist

@@ -43,6 +43,8 @@ ROWS: tuple[Row, ...] = (
     *context.ROWS,
     *many.ROWS,
     *front.ROWS,
+    *transcripts.ROWS,
+    *chart.ROWS,
 )
 OUTPUT = ROOT / "benchmarks/accept.json"
 
