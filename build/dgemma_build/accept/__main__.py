@@ -15,6 +15,7 @@ from rich.table import Table
 
 from dgemma_build.accept import (
     builds,
+    chart,
     context,
     faults,
     front,
@@ -25,6 +26,7 @@ from dgemma_build.accept import (
     sizes,
     speed,
     streaming,
+    transcripts,
 )
 from dgemma_build.accept.table import Result, Row, Setting
 from dgemma_build.bench.__main__ import PLOT, RESULT, ROOT, THREADS
