@@ -19,6 +19,7 @@ from dgemma_build.accept import (
     context,
     faults,
     front,
+    image,
     many,
     parity,
     precisions,
@@ -47,6 +48,7 @@ ROWS: tuple[Row, ...] = (
     *front.ROWS,
     *transcripts.ROWS,
     *chart.ROWS,
+    *image.ROWS,
 )
 OUTPUT = ROOT / "benchmarks/accept.json"
 
