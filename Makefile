@@ -20,7 +20,7 @@ LOCK := artifacts/lock/bin/uv pip compile pyproject.toml --universal --python-ve
 	--no-emit-package torch --custom-compile-command "make lock" --quiet $(LOCK_ARGS)
 TWO_COLUMNS := while IFS='|' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
-.PHONY: help setup demo serve openai engines test check stress bench accept gpu-check lock clean
+.PHONY: help setup demo serve openai engines test system-test check stress bench accept gpu-check lock clean
 
 help: ## List the targets and settings
 	@echo "Targets:"
@@ -53,8 +53,12 @@ openai: .venv/.demo-installed $(ENGINE)/config.json ## Keep the demo server and 
 engines: $(ENGINE)/config.json $(RTX_ENGINE)/config.json ## Build every engine that needs no GPU to build
 	@echo "Up to date: $(^D)"
 
-test: .venv/.test-installed $(ENGINE)/config.json ## Run every test
-	@$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+test: .venv/.test-installed $(ENGINE)/config.json ## Run every test but those of the next line
+	@$(BIN)/python -m pytest tests -m "not debian" $(PYTEST_ARGS)
+
+system-test: .venv/.test-installed $(ENGINE)/config.json ## Run the tests that need root and packages of Debian: a browser, an image
+	@build/tooling/debian-packages chromium buildah debootstrap
+	@$(BIN)/python -m pytest tests -m debian $(PYTEST_ARGS)
 
 check: .venv/.test-installed ## Lint, formatting, types and import rules
 	@$(BIN)/ruff check

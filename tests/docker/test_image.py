@@ -11,6 +11,7 @@ import pytest
 CHECK = Path(__file__).resolve().parents[2] / "build" / "tooling" / "check-image"
 
 
+@pytest.mark.debian
 @pytest.mark.timeout(1500)  # the first run makes a Debian and downloads the packages
 @pytest.mark.parametrize("target", ["serve", "gateway"])
 def test_the_image_is_built_and_serves(target: str) -> None:
