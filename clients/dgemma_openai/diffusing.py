@@ -7,7 +7,8 @@ from typing import Any
 
 from dgemma_client import Prefill, Preview
 
-_MARKER = re.compile(r"<\|?[a-z_\"]+\|?>")  # of turns, channels and calls, and ends of text
+# Of turns, channels and calls, and ends of text; not tags, which an answer may have.
+_MARKER = re.compile(r"<\|[a-z_\"]+\|?>|<[a-z_]+\|>|<(?:bos|eos|pad|unk|mask)>")
 
 
 def diffusing(index: int, event: Preview | Prefill) -> dict[str, Any]:
