@@ -92,6 +92,8 @@ def _channels() -> Iterator[Transcript]:
         ("no label", "<|channel>So: it is 4.<channel|>4", "So: it is 4.", "4"),
         ("one word", "<|channel>Hm<channel|>4", "Hm", "4"),
         ("label is one line", "<|channel>\nHm<channel|>4", "Hm", "4"),
+        ("a long label", f"<|channel>{'x' * 32}\nHm<channel|>4", "Hm", "4"),
+        ("too long a label", f"<|channel>{'x' * 33}\nHm<channel|>4", "x" * 33 + "\nHm", "4"),
         ("another label", "<|channel>analysis\nHm<channel|>4", "Hm", "4"),
         ("final", "<|channel>thought\nHm<channel|><|channel>final\n4", "Hm", "4"),
         ("final, closed", "<|channel>final\n4<channel|>\n", "", "4"),
@@ -195,6 +197,8 @@ def _bad_calls() -> Iterator[Transcript]:
         mixed = f"A <|tool_call>{body}<tool_call|><|tool_call>call:now{{}}<tool_call|>"
         yield Transcript(f"bad, then good: {body[:40]}", mixed, "", f"A {shown}", (Called("now", {}),), TOOLS)
     yield Transcript("bad: open at the end", '<|tool_call>call:f{a:<|"|>x<turn|>', content='call:f{a:"x', tools=TOOLS)
+    early = "call:f{a}" + " and so on" * 120
+    yield Transcript("bad: early", f"<|tool_call>{early}<tool_call|>", content=early, tools=TOOLS)
     yield Transcript("bad: only markers", "<|tool_call><tool_call|><tool_call|>a", content="a", tools=TOOLS)
     good = "<|tool_call>call:f{a:1} and more<tool_call|>"
     yield Transcript("bad: text behind", good, content="and more", calls=(Called("f", {"a": 1}),), tools=TOOLS)

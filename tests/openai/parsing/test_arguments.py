@@ -96,6 +96,13 @@ def test_what_is_no_object_is_malformed(text: str) -> None:
     assert reader.state == "malformed"
 
 
+def test_escapes_in_a_key_spell_no_marker() -> None:
+    found = ArgumentReader(Schema()).feed('{"\\u003c|turn>": 1}')
+
+    assert json.loads(found) == {"<|turn>": 1}
+    assert "<|turn>" not in found
+
+
 def test_depth_has_a_limit() -> None:
     reader = ArgumentReader(Schema())
     reader.feed("{a:" + "[" * 100_000)
