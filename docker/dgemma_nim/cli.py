@@ -41,6 +41,7 @@ def serve(arguments: Sequence[str]) -> int:
         log.say(f"warning: {note}", "WARNING")
     if own.dry_run:
         return _dry_run(resolved, own.json)
+    find_source(resolved.configuration)  # what is wrong with it is said before anything starts
     with tempfile.TemporaryDirectory(prefix="dgemma-nim-") as folder:
         result = Path(folder) / "prepared.json"
         prepare = [sys.executable, "-m", "dgemma_nim.prepare", str(result), *rest]

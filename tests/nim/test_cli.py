@@ -94,6 +94,8 @@ def test_a_model_on_disk_needs_no_download(demo: Path, capsys: pytest.CaptureFix
     ("name", "arguments", "words"),
     [
         ("nim-serve", ["--dry-run"], ["NIM_MODEL_PATH"]),
+        ("nim-serve", [], ["NIM_MODEL_PATH"]),
+        ("nim-serve", ["--model", "/nowhere"], ["/nowhere", "mount"]),
         ("nim-serve", ["--prot", "1"], ["--prot", "no such option"]),
         ("create-model-store", [], ["--model-store"]),
         ("create-model-store", ["--model-store", "/proc"], ["/proc", "mount"]),
