@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from dgemma_client.requests import Parameters
@@ -30,7 +38,13 @@ def refused(allowed: str) -> tuple[WrapValidator, Any]:
     return WrapValidator(explained), Field(description=f"Not supported; only {allowed}.")
 
 
-Off = Annotated[Literal[False] | None, *refused("false")]
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+Off = Annotated[Annotated[Literal[False], BeforeValidator(_boolean)] | None, *refused("false")]  # 0 equals False
 Zero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, *refused("0")]
 One = Annotated[Annotated[float, Field(ge=1, le=1)] | None, *refused("1")]
 NoTop = Annotated[Annotated[int, Field(ge=-1, le=0)] | None, *refused("0 or -1; for greedy decoding, temperature 0")]
