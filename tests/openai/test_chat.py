@@ -292,3 +292,18 @@ async def test_thinking_is_not_sent_to_who_does_not_want_it() -> None:
         stream = await api.chat(include_reasoning=False, stream=True)
     assert (message["content"], message["reasoning_content"]) == ("Well.", None)
     assert "hm" not in stream.text
+
+
+async def test_an_answer_can_be_sent_back_with_what_clients_add_to_it() -> None:
+    added = {
+        "id": "msg_1",
+        "provider_specific_fields": {"refusal": None},
+        "reasoning_details": [{}],
+        "thinking_blocks": [],
+    }
+    past = {"role": "assistant", "content": "Hello", "reasoning": "hm", **added}
+    async with front() as api:
+        assert (await api.chat(messages=[*SAY["messages"], past, *SAY["messages"]])).status_code == 200
+        sent = json.loads(api.asked()["messages"])
+    sent = sent["messages"]
+    assert sent[1] == {"role": "assistant", "content": "Hello", "reasoning_content": "hm"}

@@ -56,12 +56,19 @@ class AssistantMessage(Body):
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
+    reasoning: Annotated[str | None, Field(description="vLLM's name of reasoning_content.")] = None
     tool_calls: list[MessageToolCall] | None = None
     name: str | None = None
     refusal: str | None = None
     annotations: NoList = None
     audio: NoMap = None
     function_call: NoMap = None
+
+    # what clients (LiteLLM, OpenRouter's) add to an answer that they send back; without effect
+    id: str | None = None
+    provider_specific_fields: dict[str, Any] | None = None
+    reasoning_details: list[Any] | None = None
+    thinking_blocks: list[Any] | None = None
 
 
 class ToolMessage(Body):
