@@ -18,6 +18,7 @@ from fastapi.routing import APIRoute
 from dgemma_openai.errors import ApiError, shown
 
 MAX_DEPTH = 64  # of lists and objects in each other; schemas of tools have ten or so
+_MAX_KEYS = 4096  # of one object; each unknown one is an error of its own, which takes its time
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate; two of them are a character
 _MEDIA_TYPE = re.compile(r"application/(?:[a-z0-9.+-]+\+)?json", re.IGNORECASE)
 
@@ -72,6 +73,8 @@ def loads(content: bytes) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_KEYS:
+        _refuse(f"an object has more than {_MAX_KEYS} keys")
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()

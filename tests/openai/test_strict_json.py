@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from tests.openai.conftest import SAY, front
@@ -41,6 +42,29 @@ def test_what_is_not_json_is_refused_by_name(content: bytes, message: str) -> No
         loads(content)
     assert (raised.value.status, raised.value.code) == (400, "json_invalid")
     assert raised.value.message == f"the body is not valid JSON: {message}"
+
+
+def test_an_object_has_no_more_keys_than_anybody_needs() -> None:
+    with pytest.raises(ApiError, match="an object has more than 4096 keys"):
+        loads(json.dumps({str(number): 1 for number in range(4097)}).encode())
+    assert len(loads(json.dumps({str(number): 1 for number in range(4096)}).encode())) == 4096
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"model": "m", "messages": [{}] * 500_000}, "messages[0]"),
+        ("/v1/completions", {"model": "m", "prompt": [-1] * 500_000}, "prompt[0]"),
+        ("/v1/completions", {"model": "m", "prompt": "a", "stop": [1] * 500_000}, "stop[0]"),
+        ("/detokenize", {"tokens": [-1] * 500_000}, "tokens[0]"),
+    ],
+)
+async def test_a_million_errors_take_no_more_time_than_one(path: str, body: dict[str, object], param: str) -> None:
+    async with front() as api:
+        started = time.process_time()
+        assert (await api.refusal(path, body))[:2] == (400, param)
+        assert time.process_time() - started < 3, "of the processor; without a bound it is 5 to 15"
 
 
 @pytest.mark.parametrize(
