@@ -38,6 +38,7 @@ _LAST_RESPONSES_S = 3.0  # of the exit timeout, for the responses to requests th
 _UNLOAD_S = 1.0
 _POLL_S = 0.05
 _KEY_HEADER = "dgemma-key"
+_GUARDED = "model-repository,shared-memory,trace,logging"  # for who started the server; nobody else has use for them
 
 
 class ServerStartError(DGemmaError):
@@ -275,7 +276,7 @@ def running_server(
 
 
 def command(install: TritonInstall, options: ServerOptions, run_directory: Path, key: str) -> list[str]:
-    """Triton's command line. The repository API is open to the model, see `triton_backend`, and to who has `key`."""
+    """Triton's command line. `_GUARDED` is open to who has `key`; a model needs none, see `triton_backend`."""
     flag = str(options.verbose).lower()
     return [
         str(install.binary),
@@ -285,8 +286,8 @@ def command(install: TritonInstall, options: ServerOptions, run_directory: Path,
         "--model-control-mode=explicit",  # lets a model whose engine has failed withdraw its readiness
         f"--load-model={MODEL_NAME}",
         "--disable-auto-complete-config",
-        f"--http-restricted-api=model-repository:{_KEY_HEADER}={key}",
-        f"--grpc-restricted-protocol=model-repository:{_KEY_HEADER}={key}",
+        f"--http-restricted-api={_GUARDED}:{_KEY_HEADER}={key}",
+        f"--grpc-restricted-protocol={_GUARDED}:{_KEY_HEADER}={key}",
         *(f"--{name}-header-forward-pattern={_TRACE_HEADERS}" for name in ("http", "grpc")),
         *(f"--{name}-address={options.host}" for name in ("http", "grpc", "metrics")),
         f"--http-port={options.http_port}",
