@@ -16,7 +16,7 @@ from dgemma_openai.errors import from_client
 from dgemma_openai.gateway import Gateway
 from dgemma_openai.parsing.events import ContentDelta
 from dgemma_openai.parsing.events import Event as OutputEvent
-from dgemma_openai.parsing.output import OutputParser
+from dgemma_openai.parsing.output import OutputParser, opened_by
 from dgemma_openai.parsing.tools import ToolPlan
 
 
@@ -26,8 +26,15 @@ class Question:
 
     prompt: Ask  # messages and what the template is given
     plan: ToolPlan = field(default_factory=ToolPlan)
-    opened: bool = False  # whether the prompt ends with the plan's prefix already
     raw: bool = False  # whether answers are plain text to their last token, whatever ends a turn in between
+    primed: str | None = None  # how the prompt opens the answer; None: not known yet, see `opened`
+
+    @property
+    def may_open(self) -> bool:
+        """Whether the prompt may end inside a call or, as behind a tool's result, a thought."""
+        messages, chat = self.prompt.messages or (), self.prompt.chat or {}
+        thinks_on = self.prompt.enable_thinking and bool(messages) and messages[-1].get("role") == "tool"
+        return bool(self.plan.prefix or thinks_on or chat.get("continue_final_message"))
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,10 @@ async def answers(
     `names` are the API's own names of Triton's inputs, for errors. Raises ApiError. Closing it ends the generations.
     """
     try:
-        prompt = await opened(gateway, question, request_id)
+        question = await opened(gateway, question, request_id)
         asks = [
             replace(
-                prompt,
+                question.prompt,
                 request_id=f"{request_id}-{index}",
                 parameters={**given, "skip_special_tokens": question.raw},
             )
@@ -72,12 +79,17 @@ async def answers(
         raise from_client(error, names) from None
 
 
-async def opened(gateway: Gateway, question: Question, request_id: str) -> Ask:
-    """The prompt; where a call is demanded, as text that ends with the beginning of one. Raises ClientError."""
-    if question.opened or not question.plan.prefix:
-        return question.prompt
+async def opened(gateway: Gateway, question: Question, request_id: str) -> Question:
+    """With `primed`, and a text as prompt where a call is demanded, which it begins. Raises ClientError."""
+    if question.primed is not None:
+        return question
+    if not question.may_open:
+        return replace(question, primed="")
     tokens = await gateway.backend.tokenize(replace(question.prompt, request_id=f"{request_id}-prompt"))
-    return Ask(request_id, {}, text=tokens.text + question.plan.prefix, previews=question.prompt.previews)
+    prompt, prefix = question.prompt, question.plan.prefix
+    if prefix:
+        prompt = Ask(request_id, {}, text=tokens.text + prefix, previews=prompt.previews)
+    return replace(question, prompt=prompt, primed=opened_by(tokens.text) + prefix)
 
 
 class _Reader:
@@ -86,7 +98,7 @@ class _Reader:
     def __init__(self, question: Question) -> None:
         plan = question.plan
         self._raw = question.raw
-        self._parser = OutputParser(tools=plan.schemas, primed=plan.prefix, parallel=plan.parallel)
+        self._parser = OutputParser(tools=plan.schemas, primed=question.primed or "", parallel=plan.parallel)
 
     def read(self, event: Event) -> Iterator[AnswerEvent]:
         match event:

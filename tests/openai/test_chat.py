@@ -77,7 +77,7 @@ async def test_parameters_reach_the_server_under_its_names() -> None:
         "stability_threshold": 2,
         "confidence_threshold": 0.01,
         "end_id": -1,
-        "skip_special_tokens": False,
+        "skip_special_tokens": True,
     }
 
 

@@ -130,7 +130,7 @@ def _question(body: ChatRequest) -> Question:
         raise from_unsupported(error) from None
     if plan.prefix and (body.continue_final_message or body.add_generation_prompt is False):
         raise invalid("tool_choice", "demands a call, which needs a turn of its own; leave continue_final_message out")
-    return Question(replace(prompt, tools=plan.declared or None), plan, bool(body.ignore_eos))
+    return Question(replace(prompt, tools=plan.declared or None), plan, raw=bool(body.ignore_eos))
 
 
 def declared(tools: Iterable[Tool] | None) -> list[dict[str, Any]] | None:

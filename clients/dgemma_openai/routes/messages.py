@@ -102,7 +102,8 @@ async def messages(body: MessagesRequest, request: Request, gateway: OpenGateway
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountTokensRequest, gateway: OpenGatewayDep) -> TokenCount:
     gateway.check_model(body.model)
-    return TokenCount(input_tokens=len(await _ids(gateway, _question(body), f"count_{uuid.uuid4().hex}")))
+    _, count = await _counted(gateway, _question(body), f"count_{uuid.uuid4().hex}")
+    return TokenCount(input_tokens=count)
 
 
 # ---------------------------------------------------------------- what is asked
@@ -127,20 +128,14 @@ def _question(body: MessagesPrompt, *, previews: bool = False) -> Question:
     return Question(replace(prompt, enable_thinking=thinks), plan)
 
 
-async def _ids(gateway: Gateway, question: Question, request_id: str) -> tuple[int, ...]:
-    """The whole prompt."""
+async def _counted(gateway: Gateway, question: Question, request_id: str) -> tuple[Question, int]:
+    """The same with the whole prompt as tokens, and their number."""
     try:
-        prompt = await opened(gateway, question, request_id)
-        return (await gateway.backend.tokenize(replace(prompt, request_id=f"{request_id}-ids"))).ids
+        question = await opened(gateway, question, request_id)
+        ids = (await gateway.backend.tokenize(replace(question.prompt, request_id=f"{request_id}-ids"))).ids
     except ClientError as error:
         raise from_client(error, _NAMES) from None
-
-
-async def _counted(gateway: Gateway, job: _Job) -> tuple[_Job, int]:
-    """The same with the prompt as tokens, and their number, which a stream tells before anything else."""
-    ids = await _ids(gateway, job.question, job.id)
-    prompt = Ask("", {}, input_ids=ids, previews=job.question.prompt.previews)
-    return replace(job, question=replace(job.question, prompt=prompt, opened=True)), len(ids)
+    return replace(question, prompt=Ask("", {}, input_ids=ids, previews=question.prompt.previews)), len(ids)
 
 
 # ---------------------------------------------------------------- what is answered
@@ -233,7 +228,8 @@ async def _stream(job: _Job, gateway: Gateway) -> AsyncGenerator[bytes]:
     content = _Content(job.thinking)
     begun = False
     try:
-        job, input_tokens = await _counted(gateway, job)
+        question, input_tokens = await _counted(gateway, job.question, job.id)
+        job = replace(job, question=question)
         async with aclosing(job.events(gateway)) as events:
             async for _, event in events:
                 if not begun:
