@@ -13,6 +13,7 @@ RTX_ENGINE := artifacts/engines/demo-tensorrt_rtx
 CHECKPOINT := build/checkpoints/demo
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 UV := uv==0.13.9
+PIP_AUDIT := pip-audit==2.10.1
 
 # Hashes for every package, no dependency resolution, no unlocked build tools.
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation
@@ -20,7 +21,7 @@ LOCK := artifacts/lock/bin/uv pip compile pyproject.toml --universal --python-ve
 	--no-emit-package torch --custom-compile-command "make lock" --quiet $(LOCK_ARGS)
 TWO_COLUMNS := while IFS='|' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
-.PHONY: help setup demo serve openai engines test system-test check stress bench accept gpu-check lock clean
+.PHONY: help setup demo serve openai engines test system-test check stress bench accept gpu-check lock audit clean
 
 help: ## List the targets and settings
 	@echo "Targets:"
@@ -88,6 +89,10 @@ lock: artifacts/lock/bin/uv ## Resolve pyproject.toml again into test.lock and, 
 	@$(LOCK) --extra gateway --constraints test.lock --output-file gateway.lock
 	@echo "Wrote test.lock, demo.lock, serve.lock and gateway.lock"
 
+audit: artifacts/audit/bin/pip-audit ## Look up known vulnerabilities of everything locked (needs pypi.org)
+	@for lock in gateway serve demo test; do echo "$$lock.lock"; \
+	artifacts/audit/bin/pip-audit --strict --disable-pip --progress-spinner off -r $$lock.lock || exit 1; done
+
 clean: ## Remove .venv and everything generated
 	@rm -rf .venv artifacts dist
 
@@ -112,6 +117,10 @@ clean: ## Remove .venv and everything generated
 artifacts/lock/bin/uv:
 	@"$$(build/tooling/find-python $(PYTHON))" -m venv artifacts/lock
 	@artifacts/lock/bin/python -m pip install -qq --disable-pip-version-check $(UV)
+
+artifacts/audit/bin/pip-audit:
+	@"$$(build/tooling/find-python $(PYTHON))" -m venv artifacts/audit
+	@artifacts/audit/bin/python -m pip install -qq --disable-pip-version-check $(PIP_AUDIT)
 
 # ---------------------------------------------------------------- engine
 
