@@ -16,9 +16,18 @@ export function address(path) {
   return new URL(path, document.baseURI).href;
 }
 
-/** A form's text as JSON. Numbers keep all their digits; what is no number goes as text, for the server to judge. */
-export function json(text) {
+/** A number as JSON, with all its digits; what is none goes as text, for the server to judge. */
+export function number(text) {
   return NUMBER.test(text) ? text : JSON.stringify(text);
+}
+
+/** JSON as it is; what is none goes as text. */
+export function json(text) {
+  try {
+    return JSON.stringify(JSON.parse(text));
+  } catch {
+    return JSON.stringify(text);
+  }
 }
 
 /** The body of a chat request as JSON text. `fields` are [name, JSON text]. */

@@ -1,7 +1,7 @@
 // The counts under an answer. Knows no page.
 
 /** [name, text] of each; `steps` are the previews seen, times in milliseconds. */
-export function figures(usage, steps, totalMs, firstCanvasMs) {
+export function figures(usage, steps, totalMs, firstCanvasMs, reason) {
   const canvases = Math.max(0, ...steps.map(({ canvas }) => canvas + 1));
   const cached = usage.prompt_tokens_details.cached_tokens;
   const prompt = `${count(usage.prompt_tokens)} tokens${cached ? `, ${count(cached)} of them cached` : ""}`;
@@ -15,8 +15,7 @@ export function figures(usage, steps, totalMs, firstCanvasMs) {
     found.push(["Canvases", count(canvases)], ["Steps per canvas", count(usage.denoising_steps / canvases)]);
   }
   if (firstCanvasMs !== null) found.push(["First canvas", `${count(firstCanvasMs)} ms`]);
-  found.push(["In all", `${count(totalMs)} ms`]);
-  return found;
+  return [...found, ["In all", `${count(totalMs)} ms`], ["Ended by", reason]];
 }
 
 function count(value) {

@@ -1,16 +1,17 @@
 // The page: form, conversation, key. Knows no canvas.
 
-import { ApiError, asCurl, chat, chatBody, json, models } from "./api.js";
+import { ApiError, asCurl, chat, chatBody, json, models, number } from "./api.js";
 import { Turn } from "./turn.js";
 
 const KEY = "dgemma-api-key"; // in sessionStorage: gone with the tab
-const NEAR_PX = 120; // from the page's end: who is there is taken along
+const NEAR_PX = 40; // from the page's end: who is there is taken along
 const at = (id) => document.getElementById(id);
 const [prompt, model, key, parameters] = ["prompt", "model", "key", "parameters"].map(at);
 
 let conversation = []; // messages that the next question follows on
 let running = null; // the AbortController of the answer that comes
 let lastBody = null;
+let following = true; // whether what comes is scrolled to
 
 async function loadModels() {
   const notice = at("notice");
@@ -34,9 +35,10 @@ function body(question) {
   const fields = [...parameters.querySelectorAll("[data-number]")]
     .map(({ name, value }) => [name, value.trim()])
     .filter(([, value]) => value !== "")
-    .map(([name, value]) => [name, json(value)]);
+    .map(([name, value]) => [name, number(value)]);
   const stops = form.get("stop").split("\n").filter(Boolean);
   if (stops.length) fields.push(["stop", JSON.stringify(stops.map((stop) => stop.replaceAll("\\n", "\n")))]);
+  if (form.get("tools").trim()) fields.push(["tools", json(form.get("tools"))]);
   if (form.get("thinking")) fields.push(["chat_template_kwargs", '{"enable_thinking": true}']);
   const system = form.get("system").trim() ? [{ role: "system", content: form.get("system") }] : [];
   return chatBody(model.value, [...system, ...conversation, question], fields);
@@ -54,20 +56,16 @@ async function send() {
   asked.textContent = question.content;
   const turn = new Turn(at("turn"), at("log"));
   setRunning(new AbortController());
+  scrollToEnd();
   try {
-    for await (const chunk of chat(lastBody, key.value, running.signal)) {
-      const follow = atEnd();
-      turn.take(chunk);
-      if (follow) scrollToEnd();
-    }
-    turn.end();
+    for await (const chunk of chat(lastBody, key.value, running.signal)) turn.take(chunk);
+    await turn.end();
   } catch (error) {
-    turn.end(error.name === "AbortError" ? "Stopped." : words(error));
+    await turn.end(error.name === "AbortError" ? "Stopped." : words(error));
   }
   if (turn.content) conversation.push(question, { role: "assistant", content: turn.content });
   else prompt.value ||= question.content; // nothing came: ask it again, or otherwise
   setRunning(null);
-  scrollToEnd();
 }
 
 function setRunning(controller) {
@@ -83,10 +81,6 @@ function setRunning(controller) {
 function words(error) {
   if (error instanceof ApiError) return error.status ? `${error.status}: ${error.message}` : error.message;
   return error instanceof TypeError ? `The server does not answer (${error.message}).` : String(error);
-}
-
-function atEnd() {
-  return innerHeight + scrollY > document.documentElement.scrollHeight - NEAR_PX;
 }
 
 function scrollToEnd() {
@@ -118,6 +112,10 @@ async function copyRequest() {
   }
 }
 
+addEventListener("scroll", () => {
+  following = innerHeight + scrollY > document.documentElement.scrollHeight - NEAR_PX;
+});
+new ResizeObserver(() => following && scrollToEnd()).observe(at("log"));
 at("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   send();

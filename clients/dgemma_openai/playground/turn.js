@@ -3,7 +3,9 @@
 import { spans, step } from "./diff.js";
 import { figures } from "./figures.js";
 
-const REDUCED_MS = 500; // between two pictures, for those who asked for little motion
+const PACE_MS = 80; // that a picture stays at least, however fast the engine is; figures are taken as chunks arrive
+const REDUCED_MS = 500; // between two pictures, for those who asked for little motion; others are left out
+const BEHIND = 30; // chunks to show, from which on pictures are left out
 const REPLAY_MS = 150;
 const reduced = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -12,11 +14,14 @@ export class Turn {
   #steps = []; // {canvas, step, picture, committed}, in order
   #started = performance.now();
   #firstCanvasMs = null;
-  #drawing = false;
+  #queue = []; // chunks to show
+  #shown = null; // a promise while there are any
+  #hurried = false;
+  #paintedMs = -Infinity;
   #replay = null;
   #calls = [];
-  #ended = false;
   #usage = null;
+  #reason = "";
 
   content = "";
 
@@ -32,29 +37,42 @@ export class Turn {
     this.#say("waiting");
   }
 
-  /** A chunk of the stream. */
-  take({ choices, diffusing, usage }) {
-    if (diffusing?.text != null) this.#preview(diffusing);
-    else if (diffusing) this.#prefill(diffusing);
-    if (usage) this.#usage = usage;
-    for (const { delta, finish_reason: reason } of choices) {
-      if (delta.content || delta.reasoning_content || delta.tool_calls) this.#commit(delta);
-      if (reason) this.#part.end.textContent = `ended: ${reason}`;
-    }
+  /** A chunk of the stream, at the moment it arrives. */
+  take(chunk) {
+    if (chunk.choices.some(({ delta }) => saysSomething(delta))) this.#firstCanvasMs ??= this.#elapsedMs();
+    this.#queue.push(chunk);
+    this.#shown ??= this.#showAll();
   }
 
-  /** No more comes. `problem` is what to tell, if the answer did not end by itself. */
-  end(problem = "") {
-    this.#ended = true;
+  /** No more comes; returns when all is shown. `problem` is what to tell, if the answer did not end by itself. */
+  async end(problem = "") {
+    const totalMs = this.#elapsedMs();
+    this.#hurried = problem !== "";
+    await this.#shown;
     this.#part.problem.textContent = problem;
     this.#part.problem.hidden = !problem;
     this.#part.canvas.replaceChildren();
     this.#part.state.hidden = this.#part.prefill.hidden = true;
-    if (this.#usage) this.#figures(this.#usage);
+    if (this.#usage) this.#figures(this.#usage, totalMs);
     if (!this.#steps.length) return;
     this.#part.slider.max = this.#part.slider.value = this.#steps.length;
     this.#part.history.hidden = false;
     this.#show(this.#steps.length);
+  }
+
+  async #showAll() {
+    await null; // so that the promise is kept before it is let go
+    while (this.#queue.length) {
+      const { choices, diffusing, usage } = this.#queue.shift();
+      if (diffusing?.text != null) await this.#preview(diffusing);
+      else if (diffusing) this.#prefill(diffusing);
+      if (usage) this.#usage = usage;
+      for (const { delta, finish_reason: reason } of choices) {
+        if (saysSomething(delta)) this.#commit(delta);
+        if (reason) this.#reason = reason;
+      }
+    }
+    this.#shown = null;
   }
 
   #prefill({ prefilled_tokens: done, prompt_tokens: all }) {
@@ -64,29 +82,19 @@ export class Turn {
     this.#say(`reading the prompt: ${done} of ${all} tokens`);
   }
 
-  #preview({ canvas_index: canvas, step: number, text }) {
+  async #preview({ canvas_index: canvas, step: number, text }) {
     this.#part.prefill.hidden = true;
     const last = this.#steps.at(-1);
     const picture = step(last?.canvas === canvas ? last.picture : null, text);
     this.#steps.push({ canvas, step: number, picture, committed: this.content.length });
     this.#say(`canvas ${canvas + 1}, step ${number}`);
-    if (this.#drawing) return;
-    this.#drawing = true;
-    const draw = () => requestAnimationFrame(() => this.#draw());
-    if (reduced.matches && this.#steps.length > 1) setTimeout(draw, REDUCED_MS);
-    else draw();
-  }
-
-  #draw() {
-    this.#drawing = false;
-    const last = this.#steps.at(-1);
-    if (this.#ended || last.done) return;
-    paint(this.#part.canvas, last.picture);
+    if (reduced.matches && this.#elapsedMs() < this.#paintedMs + REDUCED_MS) return;
+    paint(this.#part.canvas, picture);
+    this.#paintedMs = this.#elapsedMs();
+    if (!reduced.matches && !this.#hurried && this.#queue.length < BEHIND) await sleep(PACE_MS);
   }
 
   #commit(delta) {
-    this.#firstCanvasMs ??= performance.now() - this.#started;
-    if (this.#steps.length) this.#steps.at(-1).done = true; // the canvas has become this text
     this.#part.canvas.replaceChildren();
     if (delta.reasoning_content) {
       this.#part.thinking.hidden = false;
@@ -112,15 +120,14 @@ export class Turn {
     this.#calls[index].append(text ?? "");
   }
 
-  #figures(usage) {
-    const totalMs = performance.now() - this.#started;
-    for (const [name, value] of figures(usage, this.#steps, totalMs, this.#firstCanvasMs)) {
+  #figures(usage, totalMs) {
+    for (const [name, value] of figures(usage, this.#steps, totalMs, this.#firstCanvasMs, this.#reason)) {
       const row = document.createElement("div");
       row.appendChild(document.createElement("dt")).textContent = name;
       row.appendChild(document.createElement("dd")).textContent = value;
       this.#part.figures.append(row);
     }
-    this.#part.summary.hidden = false;
+    this.#part.figures.hidden = false;
   }
 
   /** The answer as it was after a step, counted from 0; all steps: as it is. */
@@ -147,9 +154,21 @@ export class Turn {
     }, reduced.matches ? REDUCED_MS : REPLAY_MS);
   }
 
+  #elapsedMs() {
+    return performance.now() - this.#started;
+  }
+
   #say(text) {
     this.#part.state.textContent = text;
   }
+}
+
+function saysSomething(delta) {
+  return Boolean(delta.content || delta.reasoning_content || delta.tool_calls);
+}
+
+function sleep(ms) {
+  return new Promise((resolve) => setTimeout(resolve, ms));
 }
 
 function paint(canvas, picture) {
