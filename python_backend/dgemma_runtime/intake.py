@@ -88,7 +88,7 @@ class Intake:
             raise InvalidRequest(
                 "max_tokens",
                 f"{context}, but the prompt has {prompt_tokens} and max_tokens asks for {asked} more "
-                f"({prompt_tokens + asked} together); ask for at most {left} (available tokens: {left}; the limit is the "
-                "server's max_model_len)",  # agents look for "available tokens: N" and ask again
+                f"({prompt_tokens + asked} together); ask for at most {left} "
+                f"(available tokens: {left}; the limit is the server's max_model_len)",  # agents look for these words
             )
         return left if asked is None else asked

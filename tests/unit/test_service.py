@@ -284,7 +284,7 @@ def test_the_same_seed_gives_the_same_tokens_without_a_seed_they_differ(start: S
         (
             "go",
             {"max_tokens": 254},
-            r"^max_tokens: .*maximum context length is 256 tokens.*\(257 together\).*at most 253 \(available tokens: 253; .*max_model_len",
+            r"^max_tokens: .*length is 256 .*\(257 together\).*at most 253 \(available tokens: 253;.*max_model_len",
         ),
         ("go", {"end_id": 364}, "^end_id: must be from 0 to 363, got 364"),
     ],

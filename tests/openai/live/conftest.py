@@ -22,7 +22,7 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else importing litellm as
 ROOT = Path(__file__).parents[3]
 CHECKPOINT, DEMO_ENGINE = ROOT / "build/checkpoints/demo", ROOT / "artifacts/engines/demo"
 NAME = "scripted-model"
-CANVAS, MAX_MODEL_LEN = 16, 2048  # tokens
+CANVAS, MAX_MODEL_LEN = 16, 8192  # tokens; an answer without an end takes seconds
 EOS = 1
 # What the script answers to depends on the last message, the names of the tools, and whether thinking is on.
 TEMPLATE = """{{ bos_token }}{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor -%}
