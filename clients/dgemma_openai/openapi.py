@@ -67,8 +67,10 @@ def _document(app: FastAPI, settings: Settings) -> dict[str, Any]:
             _add_refusals(path, operation)
             if settings.api_keys and not is_open(path):
                 operation["security"] = [{"bearer": []}, {"header": []}]
-        if path in _CHUNKS:
-            _add_stream(operations["post"], _CHUNKS[path].__name__)
+            if path in _CHUNKS:
+                _add_stream(operation, _CHUNKS[path].__name__)
+            elif "text/event-stream" in operation["responses"]["200"].get("content", {}):
+                _add_stream(operation, None)
     if settings.api_keys:
         components["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
@@ -88,9 +90,18 @@ def _add_refusals(path: str, operation: dict[str, Any]) -> None:
         responses[str(status)] = {"description": _REFUSALS[status], "content": content}
 
 
-def _add_stream(operation: dict[str, Any], chunk: str) -> None:
-    told = f"With `stream`: server-sent events. The data of each is a {chunk}, of the last `[DONE]`."
-    failure = "Where an answer fails after its first event, the last is an ErrorBody instead, and nothing follows."
-    operation["responses"]["200"]["content"]["text/event-stream"] = {
-        "schema": {"type": "string", "description": f"{told} {failure}"}
+def _add_stream(operation: dict[str, Any], chunk: str | None) -> None:
+    """The schema is that of one event; 3.1 has no other place for it."""
+    content = operation["responses"]["200"]["content"]
+    data: dict[str, Any] = {"type": "string"}
+    if chunk is not None:
+        told = f"With `stream`: server-sent events, each a {chunk}, the last `[DONE]`. Where an answer fails after its "
+        told += "first event, the last is an ErrorBody instead."
+        either = {"anyOf": [{"$ref": _REF + chunk}, {"$ref": _REF + ErrorBody.__name__}]}
+        data["anyOf"] = [{"const": "[DONE]"}, {"contentMediaType": "application/json", "contentSchema": either}]
+    else:
+        told = content["text/event-stream"]["schema"]["description"]
+    members = {"event": {"type": "string"}, "data": data}
+    content["text/event-stream"] = {
+        "schema": {"type": "object", "description": told, "properties": members, "required": ["data"]}
     }

@@ -215,7 +215,9 @@ async def test_streams_are_documented() -> None:
     for path, chunk in (("/v1/chat/completions", "ChatChunk"), ("/v1/completions", "CompletionChunk")):
         content = found["paths"][path]["post"]["responses"]["200"]["content"]
         assert set(content) == {"application/json", "text/event-stream"}
-        assert chunk in content["text/event-stream"]["schema"]["description"]
+        event = content["text/event-stream"]["schema"]
+        assert chunk in event["description"]
+        assert f"/{chunk}" in json.dumps(event["properties"]["data"])
         assert chunk in found["components"]["schemas"]
 
 

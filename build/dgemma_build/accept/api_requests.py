@@ -85,7 +85,9 @@ def _check_operation(
     @given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Case[Any]) -> None:
         if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
-            _bound(case.path, case.body, model, max_tokens)
+            body = _whole_numbers(case.body)
+            _bound(case.path, body, model, max_tokens)
+            case.body = body
         response = case.call(timeout=timeout_s)
         report.requests += 1
         report.statuses[response.status_code] += 1
@@ -97,9 +99,27 @@ def _check_operation(
     ask()
 
 
+def _whole_numbers(value: Any) -> Any:
+    """1.0 as 1: to the document both are whole numbers, and few clients write the former, which is refused."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _bound(path: str, body: dict[str, Any], model: str, max_tokens: int) -> None:
+    """Makes more of them requests that are answered, and the answers short."""
     if "model" in body:
         body["model"] = model
     if path in _LENGTHS:
         body[_LENGTHS[path]] = max_tokens
         body.pop("max_completion_tokens", None)  # which says the same
+    if body.get("n") is not None:
+        body["n"] = min(body["n"], 3)
+    if body.get("stream_options") or body.get("diffusing"):
+        body["stream"] = True
+    if path == "/tokenize" and body.get("messages"):
+        body.pop("prompt", None)
+    if messages := body.get("messages"):  # results belong to a call that made-up messages do not have
+        body["messages"] = [message for message in messages if message.get("role") != "tool"] or messages
