@@ -1,4 +1,4 @@
-"""The application behind a real socket, and Chromium looking at it. Knows no page."""
+"""The application behind a real socket, Chromium looking at it, and what tests do on the page and see of it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.openai.conftest import Triton
 
 from dgemma_client import Client
 from dgemma_client.mock import Handler, reply
+from dgemma_client.requests import InferRequest
 from dgemma_openai.app import create_app
 from dgemma_openai.settings import Settings
 
@@ -26,6 +27,7 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 )
+ENDED = "article dl:not([hidden])"  # an answer that is all there
 _STATUS = re.compile(r"Failed to load resource: the server responded with a status of (\d+)")
 
 
@@ -120,3 +122,44 @@ def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
     for each in visits:
         each.page.context.close()
         each.check()
+
+
+class Script:
+    """A handler that goes on to its next part when the test says so."""
+
+    def __init__(self, *parts: list[Any]) -> None:
+        self._parts, self._turn = parts, threading.Semaphore(0)
+
+    def go_on(self) -> None:
+        self._turn.release()
+
+    def __call__(self, request: InferRequest) -> Iterator[Any]:
+        for part in self._parts:
+            while not self._turn.acquire(blocking=False):
+                yield 0.01
+            yield from part
+
+
+def ask(page: Page, text: str) -> None:
+    page.fill("#prompt", text)
+    page.press("#prompt", "Enter")
+
+
+def asked(site: Site) -> dict[str, Any]:
+    return {name: values[0] for name, values in site.triton.requests[-1].inputs.items()}
+
+
+def canvas(page: Page) -> list[tuple[str, str]]:
+    """(text, class) of each span of the canvas."""
+    found = page.locator("article .canvas span").evaluate_all("all => all.map(s => [s.textContent, s.className])")
+    return [(text, name) for text, name in found]
+
+
+def figures(page: Page) -> dict[str, str]:
+    page.wait_for_selector(ENDED)
+    rows = (
+        page.locator("article")
+        .last.locator("dl > div")
+        .evaluate_all("all => all.map(row => [...row.children].map(part => part.textContent))")
+    )
+    return dict(rows)

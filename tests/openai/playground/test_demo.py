@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
-from tests.openai.playground.conftest import Visit
+from tests.openai.playground.conftest import Visit, ask, figures
 
 from dgemma_build.demo.skills import SKILLS, held_out_set
 from dgemma_build.engine import BuildRequest, build_engine
@@ -34,25 +34,22 @@ def test_a_question_is_answered_canvas_by_canvas(url: str, visit: Callable[..., 
         .observe(document.querySelector("#log"), { childList: true, subtree: true });
     }""")
     page.get_by_label("Seed").fill("7")
-    page.fill("#prompt", TABLE.prompt)
-    page.press("#prompt", "Enter")
-    page.wait_for_selector("article dl:not([hidden])", timeout=60_000)
+    ask(page, TABLE.prompt)
+    told = figures(page)
     answer = page.locator("[data-part=committed]").text_content() or ""
-    figures = dict(zip(*(page.locator(f"dl {tag}").all_text_contents() for tag in ("dt", "dd")), strict=True))
     steps = int(page.get_by_label("Denoising step").get_attribute("max") or 0)
 
     expect(page.locator("#context")).to_have_text("262,144 tokens of context")
     assert SKILLS["table"].check(TABLE.prompt, answer)
-    assert figures["Ended by"] == "stop"
-    assert int(figures["Canvases"]) == 2
-    assert 0 < steps <= int(figures["Steps"])
+    assert told["Ended by"] == "stop"
+    assert int(told["Canvases"]) == 2
+    assert 0 < steps <= int(told["Steps"])
     assert page.evaluate("window.pictures.size") > 1
 
 
 def test_a_refusal_comes_from_the_model_server(url: str, visit: Callable[..., Visit]) -> None:
     page = visit(url, refusals=(400,)).page
     page.get_by_label("Max tokens").fill("999999")
-    page.fill("#prompt", "hi")
-    page.press("#prompt", "Enter")
+    ask(page, "hi")
 
     expect(page.locator(".problem")).to_contain_text("400: max_completion_tokens: ")

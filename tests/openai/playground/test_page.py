@@ -1,68 +1,21 @@
-"""The page in Chromium, on a scripted server: what is shown, sent, stopped and refused."""
+"""The page in Chromium, on a scripted server: what is shown of an answer, and to whom."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
-from tests.openai.playground.conftest import Site, Visit, wait_until
+from playwright.sync_api import expect
+from tests.openai.playground.conftest import ENDED, Script, Site, Visit, ask, canvas, figures
 
-from dgemma_client.errors import InvalidRequest, ServerError
 from dgemma_client.mock import delta, final, prefill, preview, reply
 from dgemma_client.requests import InferRequest
-from dgemma_openai.settings import ApiKey
 
 Start = Callable[..., Site]
 Open = Callable[..., Visit]
-STORED = "JSON.stringify([Object.entries(localStorage), Object.entries(sessionStorage), document.cookie])"
-ENDED = "article dl:not([hidden])"
-
-
-class Script:
-    """A handler that goes on to its next part when the test says so."""
-
-    def __init__(self, *parts: list[Any]) -> None:
-        self._parts, self._turn = parts, threading.Semaphore(0)
-
-    def go_on(self) -> None:
-        self._turn.release()
-
-    def __call__(self, request: InferRequest) -> Iterator[Any]:
-        for part in self._parts:
-            while not self._turn.acquire(blocking=False):
-                yield 0.01
-            yield from part
-
-
-def ask(page: Page, text: str) -> None:
-    page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
-
-
-def asked(site: Site) -> dict[str, Any]:
-    return {name: values[0] for name, values in site.triton.requests[-1].inputs.items()}
-
-
-def canvas(page: Page) -> list[tuple[str, str]]:
-    """(text, class) of each span of the canvas."""
-    found = page.locator("article .canvas span").evaluate_all("all => all.map(s => [s.textContent, s.className])")
-    return [(text, name) for text, name in found]
-
-
-def figures(page: Page) -> dict[str, str]:
-    page.wait_for_selector(ENDED)
-    rows = (
-        page.locator("article")
-        .last.locator("dl > div")
-        .evaluate_all("all => all.map(row => [...row.children].map(part => part.textContent))")
-    )
-    return dict(rows)
+TOOLS = '[{"type": "function", "function": {"name": "weather"}}]'
 
 
 def test_a_canvas_is_shown_being_refined_and_then_as_text(start: Start, visit: Open) -> None:
@@ -135,90 +88,6 @@ def test_the_steps_can_be_looked_at_afterwards(start: Start, visit: Open) -> Non
     assert canvas(page) == []
 
 
-def test_parameters_are_sent_as_typed_and_empty_ones_are_not(start: Start, visit: Open) -> None:
-    site = start()
-    page = visit(site.url).page
-    ask(page, "first")
-    page.wait_for_selector(ENDED)
-    plain = asked(site)
-    given = {
-        "Max tokens": "77",
-        "Seed": "18446744073709551615",  # more digits than a number of JavaScript keeps
-        "Temperature": "0.5",
-        "Max steps": "9",
-        "Entropy bound": "1e-3",
-        "Stability": "-1",
-        "Confidence": "0.25",
-        "System prompt": "Be brief.",
-        "Stop at": "END\n\\n\\n",
-    }
-    for label, value in given.items():
-        page.get_by_label(label, exact=True).fill(value)
-    page.get_by_label("Thinking").check()
-    ask(page, "second")
-    expect(page.locator(ENDED)).to_have_count(2)
-    inputs = site.triton.requests[-1].inputs
-    full = asked(site)
-
-    assert not {"max_tokens", "seed", "temperature", "stop_words", "entropy_bound"} & plain.keys()
-    assert (full["max_tokens"], full["seed"], full["max_denoising_steps"]) == (77, 2**64 - 1, 9)
-    assert (full["temperature"], full["entropy_bound"]) == (0.5, 1e-3)
-    assert (full["stability_threshold"], full["confidence_threshold"]) == (-1, 0.25)
-    assert tuple(inputs["stop_words"]) == ("END", "\n\n")
-    chat = json.loads(full["messages"])
-    assert chat["enable_thinking"] is True
-    assert [message["content"] for message in chat["messages"]] == ["Be brief.", "first", "Hello world", "second"]
-
-
-def test_stop_ends_the_answer_on_the_server(start: Start, visit: Open) -> None:
-    site = start(lambda request: iter([delta("begun"), preview("more", 1, 1), 60.0]))
-    page = visit(site.url).page
-    ask(page, "go")
-    expect(page.locator("[data-part=committed]")).to_have_text("begun")
-    page.get_by_role("button", name="Stop").click()
-
-    expect(page.locator(".problem")).to_have_text("Stopped.")
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
-    wait_until(lambda: len(site.triton.cancelled) == 1)
-    assert canvas(page) == []
-    ask(page, "again")
-    expect(page.locator("article")).to_have_count(2)
-    expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    page.keyboard.press("Escape")
-    wait_until(lambda: len(site.triton.cancelled) == 2)
-    assert '"begun"' in asked(site)["messages"]
-
-
-def test_a_refusal_is_shown_in_the_servers_words(start: Start, visit: Open) -> None:
-    page = visit(start().url, refusals=(400,)).page
-    page.get_by_label("Temperature").fill("warm")
-    ask(page, "hello")
-
-    problem = page.locator(".problem")
-    expect(problem).to_contain_text("400: temperature: ")
-    expect(problem).to_contain_text("warm")
-    expect(page.locator("#prompt")).to_have_value("hello")
-    page.get_by_label("Temperature").fill("")
-    page.press("#prompt", "Enter")
-    expect(page.locator("[data-part=committed]").last).to_have_text("Hello world")
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (ServerError("the engine has failed"), "the engine has failed"),
-        (InvalidRequest("seed: is odd"), "seed: is odd"),
-    ],
-)
-def test_an_error_in_the_middle_leaves_what_has_come(error: Exception, words: str, start: Start, visit: Open) -> None:
-    page = visit(start(lambda request: iter([delta("so far"), preview("and", 1, 1), error])).url).page
-    ask(page, "go")
-
-    expect(page.locator(".problem")).to_contain_text(words)
-    expect(page.locator("[data-part=committed]")).to_have_text("so far")
-    expect(page.locator("[type=range]")).to_be_visible()
-
-
 def test_markup_stays_text(start: Start, visit: Open) -> None:
     evil = "<img src=x onerror=\"document.title='taken'\"><script>alert(1)</script>&amp;"
     thought = f"<|channel>thought\n{evil}<channel|>{evil}"
@@ -241,9 +110,6 @@ def test_markup_stays_text(start: Start, visit: Open) -> None:
     assert page.title() == "DiffusionGemma"
 
 
-TOOLS = '[{"type": "function", "function": {"name": "weather"}}]'
-
-
 def test_thinking_is_folded_and_calls_are_cards(start: Start, visit: Open) -> None:
     text = '<|channel>thought\nhm, rain?<channel|>Let me see.<|tool_call>call:weather{city:<|"|>Lima<|"|>}<tool_call|>'
     page = visit(start(lambda request: iter([delta(text), final()])).url).page
@@ -257,72 +123,6 @@ def test_thinking_is_folded_and_calls_are_cards(start: Start, visit: Open) -> No
     expect(page.locator("[data-part=committed]")).to_have_text("Let me see.")
     expect(page.locator(".call h3")).to_have_text("calls weather")
     expect(page.locator(".call pre")).to_have_text('{"city": "Lima"}')
-
-
-def test_tools_that_are_no_json_are_for_the_server_to_refuse(start: Start, visit: Open) -> None:
-    page = visit(start().url, refusals=(400,)).page
-    page.get_by_label("Tools").fill('[], "n": 2')
-    ask(page, "hi")
-
-    expect(page.locator(".problem")).to_contain_text("400: tools: ")
-
-
-def test_a_key_is_asked_for_and_stays_in_the_tab(start: Start, visit: Open) -> None:
-    secret = "dg-5f0c-only-here"
-    site = start(api_keys=(ApiKey(hashlib.sha256(secret.encode()).digest(), "ada"),))
-    opened = visit(site.url, refusals=(401,))
-    page = opened.page
-
-    expect(page.locator("#notice")).to_contain_text("401: no API key")
-    expect(page.get_by_label("API key")).to_be_focused()
-    page.keyboard.type("wrong")
-    page.keyboard.press("Enter")
-    expect(page.locator("#notice")).to_contain_text("the API key is not known here")
-    page.get_by_label("API key").fill(secret)
-    page.keyboard.press("Enter")
-    expect(page.locator("#notice")).to_have_text("")
-    expect(page.locator("#context")).to_have_text("4,096 tokens of context")
-    ask(page, "hi")
-    page.wait_for_selector(ENDED)
-
-    page.reload()
-    expect(page.locator("#context")).to_have_text("4,096 tokens of context")
-    local, session, cookie = page.evaluate(f"JSON.parse({STORED})")
-    assert (local, cookie) == ([], "")
-    assert session == [["dgemma-api-key", secret]]
-    assert not any(secret in url for url in opened.requests)
-    page.get_by_role("button", name="As curl").click()
-    command = page.locator("#curl").input_value()
-    assert "Bearer $API_KEY" in command
-    assert secret not in command
-    page.get_by_role("button", name="Close").click()
-    page.get_by_label("API key").fill("")
-    page.get_by_label("API key").blur()
-    expect(page.locator("#notice")).to_contain_text("401")
-    assert page.evaluate(f"JSON.parse({STORED})") == [[], [], ""]
-
-
-def test_a_server_that_does_not_answer_is_told_of(start: Start, visit: Open) -> None:
-    site = start()
-    opened = visit(site.url)
-    opened.page.route("**/v1/**", lambda route: route.abort())
-    ask(opened.page, "hi")
-    expect(opened.page.locator(".problem")).to_contain_text("The server does not answer")
-    assert all("ERR_FAILED" in text for text in opened.complaints)
-    opened.complaints.clear()
-
-
-def test_a_model_that_was_not_there_is_asked_for_again(start: Start, visit: Open) -> None:
-    site = start(reply("ready"), served_model_names=("small", "other"))
-    site.triton.failure = ServerError("starting")
-    page = visit(site.url, refusals=(500,)).page
-    expect(page.locator("#notice")).to_contain_text("starting")
-    site.triton.failure = None
-    ask(page, "hi")
-
-    expect(page.locator("[data-part=committed]")).to_have_text("ready")
-    expect(page.locator("#notice")).to_have_text("")
-    assert page.locator("#model option").all_inner_texts() == ["small", "other"]
 
 
 def test_a_fast_engine_can_be_watched_and_its_speed_is_not_the_displays(start: Start, visit: Open) -> None:
@@ -358,24 +158,6 @@ def test_a_long_answer_is_followed_unless_the_reader_looks_elsewhere(start: Star
     page.wait_for_selector(ENDED)
 
     assert page.evaluate("scrollY") == 500
-
-
-def test_a_new_chat_forgets_the_old_one(start: Start, visit: Open) -> None:
-    site = start()
-    page = visit(site.url).page
-    ask(page, "first")
-    page.wait_for_selector(ENDED)
-    page.get_by_role("button", name="New chat").click()
-    expect(page.locator("article")).to_have_count(0)
-    page.get_by_role("button", name="Convert to JSON").click()
-    expect(page.locator("#prompt")).to_have_value("Convert to JSON:\nname: Ada\ncity: Lima")
-    page.keyboard.press("Shift+Enter")
-    page.keyboard.type("age: 36")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(ENDED)
-
-    assert "first" not in asked(site)["messages"]
-    assert "city: Lima\\nage: 36" in asked(site)["messages"]
 
 
 @pytest.mark.parametrize("width", [360, 800, 1400])
