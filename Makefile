@@ -87,7 +87,10 @@ lock: artifacts/lock/bin/uv ## Resolve pyproject.toml again into test.lock and, 
 	@$(LOCK) --extra demo --constraints test.lock --output-file demo.lock
 	@$(LOCK) --extra image --constraints test.lock --output-file serve.lock
 	@$(LOCK) --extra gateway --constraints test.lock --output-file gateway.lock
-	@echo "Wrote test.lock, demo.lock, serve.lock and gateway.lock"
+	@for name in clients hermes; do artifacts/lock/bin/uv pip compile build/tooling/$$name.in --universal \
+		--python-version 3.11 --generate-hashes --no-emit-package torch --custom-compile-command "make lock" --quiet \
+		--output-file build/tooling/$$name.lock $(LOCK_ARGS); done
+	@echo "Wrote test.lock, demo.lock, serve.lock, gateway.lock, and build/tooling's"
 
 audit: artifacts/audit/bin/pip-audit ## Look up known vulnerabilities of everything locked (needs pypi.org)
 	@for lock in gateway serve demo test; do echo "$$lock.lock"; \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dgemma_runtime.contract import Int32Array
 from dgemma_runtime.errors import CheckpointError, InvalidRequest
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+_SILENT = ("bos_token", "eos_token", "mask_token", "pad_token", "unk_token")  # of tokenizer_config.json
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 # With these a token's text does not depend on its neighbours, bytes apart; Gemma's tokenizers use no others.
 _KNOWN_DECODERS = frozenset({"Sequence", "Replace", "ByteFallback", "Fuse"})
@@ -22,7 +24,7 @@ _KNOWN_DECODERS = frozenset({"Sequence", "Replace", "ByteFallback", "Fuse"})
 class Codec:
     """One tokenizer. Thread-safe; raises CheckpointError when the files are missing or not usable."""
 
-    def __init__(self, tokenizer: Tokenizer, bos_token: str | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, bos_token: str | None, silent: Collection[str] = ()) -> None:
         document = json.loads(tokenizer.to_str())
         _check_decoder(document.get("decoder"))
         vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
@@ -33,6 +35,8 @@ class Codec:
         self.bos_token = bos_token
         self.special_ids = frozenset(t["id"] for t in document.get("added_tokens", []) if t["special"])
         self._special_texts = {t["content"]: t["id"] for t in document.get("added_tokens", []) if t["special"]}
+        # Special tokens that mark no part of an answer: a model that writes padding says nothing.
+        self.silent_ids = frozenset(id_ for text, id_ in self._special_texts.items() if text in silent)
         byte_tokens = ((_BYTE_TOKEN.fullmatch(token), id_) for token, id_ in vocabulary.items())
         self.bytes: dict[int, bytes] = {id_: bytes.fromhex(match[1]) for match, id_ in byte_tokens if match}
 
@@ -47,7 +51,8 @@ class Codec:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
-        return Codec(tokenizer, token_text(config.get("bos_token")))
+        silent = [text for name in _SILENT if (text := token_text(config.get(name))) is not None]
+        return Codec(tokenizer, token_text(config.get("bos_token")), silent)
 
     def encode(self, text: str, field: str = "text_input") -> Int32Array:
         """`text` as token ids [n] int32. The start token is put in front unless the text already starts with it.

@@ -30,10 +30,10 @@ class OutputText:
     """The output of one sequence, canvas by canvas.
 
     The output ends at the first of: an end token, the token that completes a stop string, the `max_tokens`-th token.
-    That token is still part of the token ids. The text leaves out special tokens (unless they are not to be skipped),
-    the end token, the stop string and what follows it, and bytes of a character that the end cut short. Of several stop
-    strings the one completed first counts, among those the one that begins first. Bytes that are no character become
-    U+FFFD.
+    That token is still part of the token ids. The text leaves out special tokens (padding and its like even where they
+    are not to be skipped), the end token, the stop string and what follows it, and bytes of a character that the end
+    cut short. Of several stop strings the one completed first counts, among those the one that begins first. Bytes that
+    are no character become U+FFFD.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class OutputText:
     ) -> None:
         self._codec = codec
         self._remaining = max_tokens
-        self._skipped = codec.special_ids if skip_special_tokens else frozenset()
+        self._skipped = codec.special_ids if skip_special_tokens else codec.silent_ids
         self.stop_reason: StopReason = None
         # A stop string that is a special token may never show up in the text; it stops as the token it is.
         special = {id_: text for text in stop if (id_ := codec.special_id(text)) is not None}

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import Int32Array
 from dgemma_runtime.detokenizer import Emitted, OutputText
-from dgemma_runtime.testing import BOS, EOS, PAD, TURN_END, tiny_codec, tiny_tokenizer
+from dgemma_runtime.testing import BOS, EOS, PAD, TURN_END, UNK, tiny_codec, tiny_tokenizer
 
 CODEC = tiny_codec()
 VOCABULARY = tiny_tokenizer().get_vocab_size()
@@ -173,6 +174,14 @@ def test_a_stop_string_beyond_max_tokens_does_not_count() -> None:
 def test_a_special_token_can_be_a_stop_string() -> None:
     emitted = OutputText(CODEC, 100, stop=("<turn|>",)).commit(ids("ab", TURN_END, "c"))
     assert (emitted.text, emitted.reason, len(emitted.token_ids)) == ("ab", "stop", 3)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_padding_and_its_like_never_have_a_text(skip: bool) -> None:
+    codec = Codec(tiny_tokenizer(), "<bos>", silent=("<pad>", "<unk>"))
+    emitted = OutputText(codec, 100, skip_special_tokens=skip).commit(ids("a", PAD, UNK, TURN_END, "b"))
+    assert emitted.text == ("ab" if skip else "a<turn|>b")
+    assert len(emitted.token_ids) == 5
 
 
 def test_special_tokens_have_their_text_where_they_are_not_skipped() -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from dgemma_build.accept import (
     builds,
     chart,
+    clients,
     context,
     faults,
     front,
@@ -51,6 +52,7 @@ ROWS: tuple[Row, ...] = (
     *transcripts.ROWS,
     *chart.ROWS,
     *image.ROWS,
+    *clients.ROWS,
 )
 OUTPUT = ROOT / "benchmarks/accept.json"
 
