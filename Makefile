@@ -58,7 +58,7 @@ test: .venv/.test-installed $(ENGINE)/config.json ## Run every test but those of
 	@$(BIN)/python -m pytest tests -m "not debian" $(PYTEST_ARGS)
 
 system-test: .venv/.test-installed $(ENGINE)/config.json ## Run the tests that need root and packages of Debian: a browser, an image
-	@build/tooling/debian-packages chromium buildah debootstrap
+	@build/tooling/debian-packages chromium fonts-dejavu-core buildah debootstrap
 	@$(BIN)/python -m pytest tests -m debian $(PYTEST_ARGS)
 
 check: .venv/.test-installed ## Lint, formatting, types and import rules

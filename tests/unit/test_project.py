@@ -30,6 +30,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = {
     "dgemma_build": ROOT / "build/dgemma_build",
     "dgemma_client": ROOT / "clients/dgemma_client",
+    "dgemma_nim": ROOT / "docker/dgemma_nim",
+    "dgemma_openai": ROOT / "clients/dgemma_openai",
     "dgemma_runtime": ROOT / "python_backend/dgemma_runtime",
 }
 OUTSIDE_OF_THE_LOCK = {"torch"}  # its CPU build has another version and hash on every index
@@ -37,8 +39,10 @@ FROM_TRITON = {"triton_python_backend_utils", "c_python_backend_utils"}  # provi
 
 # Which extras each package may import from: what the extra's users have installed.
 EXTRAS = {
-    "dgemma_build": {"build", "client", "serve", "oracle", "rtx", "bench", "kernels", "tensorrt", "otel"},
+    "dgemma_build": {"build", "client", "serve", "oracle", "rtx", "bench", "kernels", "tensorrt", "otel", "test"},
     "dgemma_client": {"client"},
+    "dgemma_nim": {"serve", "image"},
+    "dgemma_openai": {"openai"},
     "dgemma_runtime": {"serve", "otel", "tensorrt"},
 }
 
@@ -160,6 +164,8 @@ def test_the_import_rules_hold(sources: Path) -> None:
         ("dgemma_client/client.py", "import dgemma_runtime.errors"),
         ("dgemma_build/graph.py", "import dgemma_runtime.sampler"),
         ("dgemma_build/engine.py", "import dgemma_client"),
+        ("dgemma_openai/app.py", "import tokenizers"),
+        ("dgemma_nim/supervisor.py", "import dgemma_openai.app"),
     ],
 )
 def test_the_import_rules_catch(sources: Path, file: str, line: str) -> None:
@@ -192,7 +198,7 @@ def test_every_command_explains_itself(command: str) -> None:
     script = Path(sys.executable).with_name(command)
     result = subprocess.run([script, "--help"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert command in result.stdout
+    assert {"dgemma-nim": "nim-serve"}.get(command, command) in result.stdout
     assert result.stderr == ""
 
 
@@ -241,7 +247,7 @@ def test_every_test_file_is_collected() -> None:
 def test_ci_runs_the_readme_s_test_command() -> None:
     assert "\nmake test\n" in (ROOT / "README.md").read_text()
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    assert (ROOT / ".ci/run").read_text().endswith("\nmake check\nmake test\n")
+    assert (ROOT / ".ci/run").read_text().endswith("\nmake check\nmake system-test\nmake test\n")
 
 
 # ---------------------------------------------------------------- choice of Python

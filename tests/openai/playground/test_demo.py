@@ -14,6 +14,7 @@ from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.front_end import running_front_end
 from dgemma_runtime.server import running_server
 
+pytestmark = pytest.mark.debian
 CHECKPOINT = Path(__file__).parents[3] / "build/checkpoints/demo"
 TABLE = held_out_set("table", 1)[0]
 

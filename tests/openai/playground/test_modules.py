@@ -14,6 +14,7 @@ from tests.openai.playground.conftest import Visit, running_site
 
 from dgemma_openai.settings import Settings
 
+pytestmark = pytest.mark.debian
 STREAM = (
     '\ufeff: keep-alive\n\ndata: {"text":"häßlich 🙂"}\n\n'
     "event: named\r\nid: 4\r\ndata: two\r\ndata:lines\r\n\r\n"

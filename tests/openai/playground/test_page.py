@@ -13,6 +13,7 @@ from tests.openai.playground.conftest import ENDED, Script, Site, Visit, ask, ca
 from dgemma_client.mock import delta, final, prefill, preview, reply
 from dgemma_client.requests import InferRequest
 
+pytestmark = pytest.mark.debian
 Start = Callable[..., Site]
 Open = Callable[..., Visit]
 TOOLS = '[{"type": "function", "function": {"name": "weather"}}]'

@@ -14,6 +14,7 @@ from dgemma_client.errors import InvalidRequest, ServerError
 from dgemma_client.mock import delta, preview, reply
 from dgemma_openai.settings import ApiKey
 
+pytestmark = pytest.mark.debian
 Start = Callable[..., Site]
 Open = Callable[..., Visit]
 STORED = "JSON.stringify([Object.entries(localStorage), Object.entries(sessionStorage), document.cookie])"
