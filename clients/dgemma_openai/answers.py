@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from dgemma_client import Done
 from dgemma_client.requests import Parameters
-from dgemma_openai.errors import ApiError
+from dgemma_openai.errors import ApiError, invalid
 from dgemma_openai.schemas.base import PromptTokensDetails, Sampling, Usage
 
 T = TypeVar("T")
@@ -31,6 +31,13 @@ class End:
         if done.finish_reason == "deadline":
             return End("length", "deadline")
         return End(done.finish_reason, done.stop_reason if isinstance(done.stop_reason, str) else None)
+
+
+def check_stream_only(body: Sampling) -> None:
+    """Raises ApiError for options of streams beside stream=false."""
+    for name in ("stream_options", "diffusing"):
+        if getattr(body, name, None) and not getattr(body, "stream", None):
+            raise invalid(name, "is for streams; send stream=true or leave it out")
 
 
 def usage(dones: Sequence[Done], prompts: int) -> Usage:

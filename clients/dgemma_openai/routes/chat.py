@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from dgemma_client import Prefill, Preview
 from dgemma_client.requests import ChatOptions, Parameters
 from dgemma_openai import sse
-from dgemma_openai.answers import parameters, unless_left, usage
+from dgemma_openai.answers import check_stream_only, parameters, unless_left, usage
 from dgemma_openai.backend import Ask
 from dgemma_openai.diffusing import diffusing
 from dgemma_openai.errors import ApiError, from_unsupported, invalid
@@ -81,9 +81,7 @@ async def chat_completions(body: ChatRequest, request: Request, gateway: OpenGat
 
 async def _job(body: ChatRequest, gateway: Gateway) -> _Job:
     gateway.check_model(body.model)
-    for name in ("stream_options", "diffusing"):
-        if getattr(body, name) and not body.stream:
-            raise invalid(name, "is for streams; send stream=true or leave it out")
+    check_stream_only(body)
     count = body.n or 1
     gateway.check_choices(count)
     length, name = _length(body)

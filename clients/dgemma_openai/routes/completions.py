@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from dgemma_client import Delta, Done, Event, Prefill, Preview
 from dgemma_client.errors import ClientError
 from dgemma_openai import sse
-from dgemma_openai.answers import End, parameters, unless_left, usage
+from dgemma_openai.answers import End, check_stream_only, parameters, unless_left, usage
 from dgemma_openai.backend import Ask
 from dgemma_openai.diffusing import diffusing
 from dgemma_openai.errors import from_client, invalid
@@ -54,10 +54,7 @@ async def completions(body: CompletionRequest, request: Request, gateway: OpenGa
 
 async def _job(body: CompletionRequest, gateway: Gateway) -> _Job:
     gateway.check_model(body.model)
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options", "is for streams; send stream=true or leave it out")
-    if body.diffusing and not body.stream:
-        raise invalid("diffusing", "is for streams; send stream=true or leave it out")
+    check_stream_only(body)
     prompts = _prompts(body)
     n = body.n or 1
     gateway.check_choices(len(prompts) * n)

@@ -16,7 +16,7 @@ from dgemma_client import Done, Prefill, Preview
 from dgemma_client.errors import ClientError
 from dgemma_client.requests import ChatOptions, Parameters
 from dgemma_openai import sse
-from dgemma_openai.answers import parameters, unless_left
+from dgemma_openai.answers import check_stream_only, parameters, unless_left
 from dgemma_openai.backend import Ask
 from dgemma_openai.diffusing import diffusing
 from dgemma_openai.errors import ApiError, from_client, from_unsupported, invalid
@@ -85,8 +85,7 @@ class _Job:
 @router.post("/v1/messages", response_model=MessageObject, responses={200: {"content": {"text/event-stream": _STREAM}}})
 async def messages(body: MessagesRequest, request: Request, gateway: OpenGatewayDep) -> Response | MessageObject:
     gateway.check_model(body.model)
-    if body.diffusing and not body.stream:
-        raise invalid("diffusing", "is for streams; send stream=true or leave it out")
+    check_stream_only(body)
     stops = {"stop_words": body.stop_sequences} if body.stop_sequences else {}
     job = _Job(
         id=f"msg_{uuid.uuid4().hex}",

@@ -16,10 +16,10 @@ from dgemma_client import Prefill, Preview
 from dgemma_client.errors import ClientError
 from dgemma_client.requests import Parameters
 from dgemma_openai import sse
-from dgemma_openai.answers import parameters, unless_left, usage
+from dgemma_openai.answers import check_stream_only, parameters, unless_left, usage
 from dgemma_openai.backend import Ask
 from dgemma_openai.diffusing import diffusing
-from dgemma_openai.errors import ApiError, from_client, from_unsupported, invalid
+from dgemma_openai.errors import ApiError, from_client, from_unsupported
 from dgemma_openai.gateway import Gateway, OpenGatewayDep
 from dgemma_openai.parsing.errors import Unsupported
 from dgemma_openai.parsing.events import (
@@ -104,9 +104,7 @@ async def responses(body: ResponsesRequest, request: Request, gateway: OpenGatew
 
 def _job(body: ResponsesRequest, gateway: Gateway) -> _Job:
     gateway.check_model(body.model)
-    for name in ("stream_options", "diffusing"):
-        if getattr(body, name) and not body.stream:
-            raise invalid(name, "is for streams; send stream=true or leave it out")
+    check_stream_only(body)
     return _Job(
         id=f"resp_{uuid.uuid4().hex}",
         created=int(time.time()),
