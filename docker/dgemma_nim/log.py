@@ -25,14 +25,20 @@ class Log:
             line = json.dumps({"time": now, "level": level, "logger": source, "message": text})
         else:
             line = f"{source}: {text}"
-        print(line, file=self._stream or sys.stderr, flush=True)
+        self._write(line)
 
     def relay(self, line: str, source: str) -> None:
         """A line of another process: one that is an object already stays as it is."""
         if line.startswith("{") and _is_object(line):
-            print(line, file=self._stream or sys.stderr, flush=True)
+            self._write(line)
         elif line.strip():
             self.say(line.rstrip(), "ERROR" if "error:" in line else "INFO", source)
+
+    def _write(self, line: str) -> None:
+        """In one piece: children's threads write too, and `print` sends the end of a line by itself."""
+        stream = self._stream or sys.stderr
+        stream.write(line + "\n")
+        stream.flush()
 
 
 def _is_object(line: str) -> bool:
