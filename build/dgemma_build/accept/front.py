@@ -15,24 +15,23 @@ from urllib.parse import urlsplit
 
 from dgemma_build.accept.streaming import TIMED_COMMITS, patched_repository
 from dgemma_build.accept.table import Result, Row, Setting
+from dgemma_build.demo.skills import held_out_set
 from dgemma_build.front_end import running_front_end
 from dgemma_client import Client, Delta
 from dgemma_client.requests import Parameters
-from dgemma_runtime.contract import Manifest
 from dgemma_runtime.server import ServerOptions, running_server
 
-CANVASES, STEPS, THREADS, CLIENTS = 4, 8, 2, 16
+CANVASES, STEPS, THREADS, CLIENTS = 2, 8, 2, 16
 ADDED_MS, KEPT, PROBE_MS = 2.0, 0.9, 200.0
-_PROMPT = "An unusual prompt"
+_MESSAGES = [{"role": "user", "content": held_out_set("table", 1)[0].prompt}]  # its answer fills a canvas and a half
 _PROBES = ("/v1/health/live", "/v1/health/ready")
 _PROBE_EVERY_S = 0.05
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A generation of fixed work, by either way."""
+    """The same chat by either way: fixed steps, two canvases."""
 
-    canvas_length: int
     seed: int
     request_id: str = ""  # gRPC alone may choose it
 
@@ -41,24 +40,19 @@ class _Asked:
         return {
             "max_denoising_steps": STEPS,
             "stability_threshold": -1,
-            "end_id": -1,
             "seed": self.seed,
-            "max_tokens": CANVASES * self.canvas_length,
-            "skip_special_tokens": False,  # so that each canvas has a text
+            "skip_special_tokens": False,
         }
 
     @property
     def body(self) -> dict[str, object]:
         return {
             "model": "diffusion_gemma",
-            "prompt": _PROMPT,
+            "messages": _MESSAGES,
             "stream": True,
             "max_denoising_steps": STEPS,
             "stability_threshold": -1,
-            "ignore_eos": True,
             "seed": self.seed,
-            "max_tokens": CANVASES * self.canvas_length,
-            "skip_special_tokens": False,
         }
 
 
@@ -72,10 +66,10 @@ Way = Callable[[_Asked], Awaitable[Arrivals]]
 def _by_grpc(client: Client) -> Way:
     async def ask(asked: _Asked) -> Arrivals:
         found: Arrivals = {}
-        stream = client.stream(_PROMPT, request_id=asked.request_id or None, **asked.parameters)
+        stream = client.stream(messages=_MESSAGES, request_id=asked.request_id or None, **asked.parameters)
         async with aclosing(stream):
             async for event in stream:
-                if isinstance(event, Delta):
+                if isinstance(event, Delta) and event.text:
                     found[asked.request_id, len(found)] = time.monotonic_ns()
         return found
 
@@ -91,7 +85,7 @@ def _by_http(url: str) -> Way:
                 if not line.startswith(b"data: {"):
                     continue
                 chunk = json.loads(line[6:])
-                if any(choice["text"] for choice in chunk["choices"]):
+                if any(choice["delta"].get("content") for choice in chunk["choices"]):
                     found[f"{chunk['id']}-0", len(found)] = now
         return found
 
@@ -103,7 +97,7 @@ async def _lines(url: str, body: dict[str, object]) -> AsyncGenerator[bytes]:
     address, content = urlsplit(url), json.dumps(body).encode()
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     try:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
         await writer.drain()
         status = await reader.readline()
@@ -123,7 +117,6 @@ def _latency(setting: Setting) -> Result:
     """From the commit on the engine thread to the client, one request at a time, by either way in turn."""
     requests = 5 if setting.quick else 40
     engine = setting.engine("demo")
-    length = Manifest.load(engine, verify_hashes=False).model.canvas_length
     with TemporaryDirectory() as folder:
         log = Path(folder) / "commits"
         repository = patched_repository(Path(folder) / "models", TIMED_COMMITS.format(log=str(log)))
@@ -132,7 +125,7 @@ def _latency(setting: Setting) -> Result:
             running_server(engine, options=options, threads=THREADS) as server,
             running_front_end(server.grpc_url, "--log-level", "WARNING") as front,
         ):
-            direct, front_end = asyncio.run(_in_turn(server.grpc_url, front.url, requests, length))
+            direct, front_end = asyncio.run(_in_turn(server.grpc_url, front.url, requests))
         commits = {(name, int(index)): int(when) for name, index, when in map(str.split, log.read_text().splitlines())}
     direct_ms, front_ms = (
         [(when - commits[key]) / 1e6 for key, when in arrivals.items()] for arrivals in (direct, front_end)
@@ -146,14 +139,14 @@ def _latency(setting: Setting) -> Result:
     return Result(figure, added_ms <= (5 if setting.quick else 1) * ADDED_MS, details)
 
 
-async def _in_turn(grpc_url: str, url: str, requests: int, canvas_length: int) -> tuple[Arrivals, Arrivals]:
+async def _in_turn(grpc_url: str, url: str, requests: int) -> tuple[Arrivals, Arrivals]:
     direct: Arrivals = {}
     front_end: Arrivals = {}
     async with Client(grpc_url, timeout_s=120) as client:
         ways = ((_by_grpc(client), direct), (_by_http(url), front_end))
         for number in range(-1, requests):  # the first is warm-up
             for way, arrivals in ways:
-                found = await way(_Asked(canvas_length, number % 2**32, f"direct-{number}"))
+                found = await way(_Asked(number % 2**32, f"direct-{number}"))
                 if number >= 0:
                     arrivals |= found
     return direct, front_end
@@ -166,37 +159,36 @@ def _throughput(setting: Setting) -> Result:
     """Canvases per second at 16 clients by the front end, of those by gRPC; interleaved rounds."""
     rounds, each = (1, 1) if setting.quick else (7, 3)
     engine = setting.engine("demo")
-    length = Manifest.load(engine, verify_hashes=False).model.canvas_length
     with (
         running_server(engine, threads=THREADS) as server,
         running_front_end(server.grpc_url, "--log-level", "WARNING") as front,
     ):
-        shares = asyncio.run(_shares(server.grpc_url, front.url, rounds, each, length))
+        shares = asyncio.run(_shares(server.grpc_url, front.url, rounds, each))
     share = median(shares)
     figure = f"{share:.1%} of gRPC's; {min(shares):.1%} to {max(shares):.1%} in {rounds} rounds"
     return Result(figure, share >= (0.5 if setting.quick else KEPT), {"shares": [round(share, 4) for share in shares]})
 
 
-async def _shares(grpc_url: str, url: str, rounds: int, each: int, canvas_length: int) -> list[float]:
+async def _shares(grpc_url: str, url: str, rounds: int, each: int) -> list[float]:
     shares = []
     async with Client(grpc_url, timeout_s=300) as client:
         direct, front_end = _by_grpc(client), _by_http(url)
-        await _seconds(direct, 1, canvas_length)
-        await _seconds(front_end, 1, canvas_length)
+        await _seconds(direct, 1)
+        await _seconds(front_end, 1)
         for _ in range(rounds):
-            before_s = await _seconds(direct, each, canvas_length)
-            front_s = await _seconds(front_end, each, canvas_length)
-            after_s = await _seconds(direct, each, canvas_length)
+            before_s = await _seconds(direct, each)
+            front_s = await _seconds(front_end, each)
+            after_s = await _seconds(direct, each)
             shares.append((before_s + after_s) / 2 / front_s)
     return shares
 
 
-async def _seconds(way: Way, each: int, canvas_length: int) -> float:
+async def _seconds(way: Way, each: int) -> float:
     """For `each` generations of every client."""
 
     async def one(number: int) -> None:
         for index in range(each):
-            found = await way(_Asked(canvas_length, number * each + index))
+            found = await way(_Asked(number * each + index))
             assert len(found) == CANVASES, found
 
     started = time.perf_counter()
@@ -211,23 +203,22 @@ def _probes(setting: Setting) -> Result:
     """Live and ready, asked over new connections while 16 clients stream."""
     seconds = 3 if setting.quick else 20
     engine = setting.engine("demo")
-    length = Manifest.load(engine, verify_hashes=False).model.canvas_length
     with (
         running_server(engine, threads=THREADS) as server,
         running_front_end(server.grpc_url, "--log-level", "WARNING") as front,
     ):
-        times_ms = asyncio.run(_probed(front.url, seconds, length))
+        times_ms = asyncio.run(_probed(front.url, seconds))
     longest = max(times_ms)
     figure = f"{len(times_ms)} probes: median {median(times_ms):.1f} ms, longest {longest:.0f} ms"
     return Result(figure, longest <= (5 if setting.quick else 1) * PROBE_MS, {"longest_ms": round(longest, 1)})
 
 
-async def _probed(url: str, seconds: float, canvas_length: int) -> list[float]:
+async def _probed(url: str, seconds: float) -> list[float]:
     way, ended = _by_http(url), asyncio.Event()
 
     async def load(number: int) -> None:
         while not ended.is_set():
-            await way(_Asked(canvas_length, number))
+            await way(_Asked(number))
 
     clients = [asyncio.create_task(load(number)) for number in range(CLIENTS)]
     times_ms = []
