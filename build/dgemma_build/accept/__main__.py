@@ -78,14 +78,10 @@ def _parse() -> argparse.Namespace:
     return arguments
 
 
-def _replace_rows(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> None:
-    """Of a run's rows, those measured again; new ones go to the end."""
-    places = {row["what"]: index for index, row in enumerate(rows)}
-    for row in measured:
-        if row["what"] in places:
-            rows[places[row["what"]]] = row
-        else:
-            rows.append(row)
+def _merged(rows: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A run's rows with those measured again, in the table's order."""
+    by_name = {row["what"]: row for row in (*rows, *measured)}
+    return [by_name[row.what] for row in ROWS if row.what in by_name]
 
 
 def _record(row: Row, setting: Setting) -> dict[str, Any]:
@@ -127,7 +123,7 @@ def main() -> int:
     document = {"quick": arguments.quick, **asdict(environment), "rows": records}
     if arguments.update:
         document = json.loads(OUTPUT.read_text())
-        _replace_rows(document["rows"], records)
+        document["rows"] = _merged(document["rows"], records)
     whole = not arguments.quick and not arguments.only
     if output := arguments.output or (OUTPUT if whole or arguments.update else None):
         output.parent.mkdir(parents=True, exist_ok=True)
