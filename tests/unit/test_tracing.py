@@ -200,7 +200,8 @@ def test_a_preemption_is_an_event_and_a_second_wait(observer: TraceObserver, exp
         {"low": "w" * 90, "high": "h" * 90}, settings=small_settings(**settings), max_model_len=256
     )
     service = serve(observer, engine, **settings)
-    low = [ask(service, "low", f"low-{n}", priority=1, max_tokens=200, end_id=-1) for n in range(2)]
+    with service._changed:  # both are there before the first tick
+        low = [ask(service, "low", f"low-{n}", priority=1, max_tokens=200, end_id=-1) for n in range(2)]
     for recorder in low:
         assert recorder.finished(60).reason in ("length", "stop")
     preempted = service.statistics().preemptions
