@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from dgemma_client import Prefill, Preview
-
-# Of turns, channels and calls, and ends of text; not tags, which an answer may have.
-_MARKER = re.compile(r"<\|[a-z_\"]+\|?>|<[a-z_]+\|>|<(?:bos|eos|pad|unk|mask)>")
+from dgemma_openai.parsing.markers import ANY_MARKER
 
 
 def diffusing(index: int, event: Preview | Prefill) -> dict[str, Any]:
@@ -19,5 +16,5 @@ def diffusing(index: int, event: Preview | Prefill) -> dict[str, Any]:
             "prefilled_tokens": event.cached_tokens,
             "prompt_tokens": event.num_input_tokens,
         }
-    text = _MARKER.sub("", event.text)
+    text = ANY_MARKER.sub("", event.text)
     return {"index": index, "canvas_index": event.canvas_index, "step": event.step, "text": text}

@@ -28,7 +28,6 @@ class ModelFacts:
     """Of the model that is served; from its configuration in Triton."""
 
     max_model_len: int  # tokens, prompt and output
-    canvas_length: int  # tokens
     fingerprint: str  # the same for the same engine and software
     parameters: Mapping[str, str]  # all that the server says
 
@@ -85,13 +84,13 @@ class Gateway:
 
 def _facts(parameters: Mapping[str, str], server_version: str) -> ModelFacts:
     try:
-        max_model_len, canvas_length = int(parameters["max_model_len"]), int(parameters["canvas_length"])
+        max_model_len = int(parameters["max_model_len"])
     except (KeyError, ValueError):
-        message = "the model's configuration does not tell its lengths; start Triton with `dgemma-server`"
+        message = "the model's configuration does not tell max_model_len; start Triton with `dgemma-server`"
         raise ApiError(500, message, code="configuration_error") from None
     told = json.dumps([sorted(parameters.items()), server_version])
     fingerprint = "fp_" + hashlib.sha256(told.encode()).hexdigest()[:12]
-    return ModelFacts(max_model_len, canvas_length, fingerprint, dict(parameters))
+    return ModelFacts(max_model_len, fingerprint, dict(parameters))
 
 
 def new_id(prefix: str) -> str:

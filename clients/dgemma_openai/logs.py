@@ -15,7 +15,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")  # of the HTT
 
 
 def configure(level: str, log_format: str) -> None:
-    """For this package and for uvicorn, whose access log is off: `access` below has the request's id."""
+    """For this package and for uvicorn, whose access log is off: ours has the request's id."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter(_FIELDS, rename_fields={"asctime": "time", "levelname": "level", "name": "logger"})

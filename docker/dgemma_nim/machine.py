@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dgemma_runtime.host_memory import available_memory
 
-_QUERY = ("--query-gpu=index,name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+_QUERY = ("--query-gpu=index,name,memory.total", "--format=csv,noheader,nounits")
 _TIMEOUT_S = 30
 _LIBRARIES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 MIB = 1 << 20
@@ -22,7 +22,6 @@ class InstalledGpu:
     index: int
     name: str
     memory_bytes: int
-    compute_capability: str
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def _gpus() -> tuple[tuple[InstalledGpu, ...], str]:
 
 
 def parse_gpu(line: str) -> InstalledGpu | None:
-    """A line like `0, NVIDIA H100 80GB HBM3, 81559, 9.0`; None where it is none (shared memory has no size)."""
+    """A line like `0, NVIDIA H100 80GB HBM3, 81559`; None where it is none (shared memory has no size)."""
     parts = [part.strip() for part in line.split(",")]
-    if len(parts) != 4 or not parts[0].isdecimal() or not parts[2].isdecimal():
+    if len(parts) != 3 or not parts[0].isdecimal() or not parts[2].isdecimal():
         return None
-    return InstalledGpu(int(parts[0]), parts[1], int(parts[2]) * MIB, parts[3])
+    return InstalledGpu(int(parts[0]), parts[1], int(parts[2]) * MIB)

@@ -13,8 +13,8 @@ from dgemma_runtime.errors import ConfigurationError
 GB = 10**9
 CONTEXT = 262144
 LIBRARIES = frozenset({"onnxruntime", "tensorrt", "tensorrt_rtx"})
-H100 = InstalledGpu(0, "NVIDIA H100 80GB HBM3", 85 * GB, "9.0")
-RTX = InstalledGpu(0, "NVIDIA GeForce RTX 5090", 34 * GB, "12.0")
+H100 = InstalledGpu(0, "NVIDIA H100 80GB HBM3", 85 * GB)
+RTX = InstalledGpu(0, "NVIDIA GeForce RTX 5090", 34 * GB)
 NEEDS = {(gpu, each): Need(20 * GB, "less context") for gpu in (*GPUS, CPU) for each in ("fp32", "fp8", "int4", "int8")}
 NEEDS |= {(gpu, "bf16"): Need(60 * GB, "less context") for gpu in GPUS}
 
@@ -47,7 +47,7 @@ def test_an_id_depends_on_what_a_profile_is_and_on_nothing_else() -> None:
         (machine(H100), "tensorrt-fp8-h100-262144"),
         (machine(RTX), "tensorrt_rtx-fp8-rtx5090-262144"),
         (machine(H100, libraries=frozenset({"onnxruntime"})), "onnxruntime-fp32-cpu-262144"),
-        (machine(InstalledGpu(0, "Tesla T4", 16 * GB, "7.5")), "onnxruntime-fp32-cpu-262144"),
+        (machine(InstalledGpu(0, "Tesla T4", 16 * GB)), "onnxruntime-fp32-cpu-262144"),
     ],
 )
 def test_the_best_one_that_runs_is_taken(found: Machine, expected: str) -> None:
@@ -90,8 +90,6 @@ def test_where_nothing_runs_it_says_what_would_help() -> None:
 
 
 def test_lines_of_the_driver() -> None:
-    assert parse_gpu("0, NVIDIA H100 80GB HBM3, 81559, 9.0") == InstalledGpu(
-        0, "NVIDIA H100 80GB HBM3", 81559 << 20, "9.0"
-    )
-    assert parse_gpu("0, NVIDIA GB10, [N/A], 12.1") is None
+    assert parse_gpu("0, NVIDIA H100 80GB HBM3, 81559") == InstalledGpu(0, "NVIDIA H100 80GB HBM3", 81559 << 20)
+    assert parse_gpu("0, NVIDIA GB10, [N/A]") is None
     assert parse_gpu("") is None

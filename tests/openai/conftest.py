@@ -15,13 +15,13 @@ from fastapi import FastAPI
 from dgemma_client import Client, MockTransport
 from dgemma_client.errors import ClientError
 from dgemma_client.events import ServerInfo
-from dgemma_client.mock import Handler, reply
+from dgemma_client.mock import Handler, delta, final, prefill, preview, reply
 from dgemma_client.requests import InferRequest
 from dgemma_openai.app import create_app
 from dgemma_openai.settings import Settings
 
 MODEL = "diffusion_gemma"
-FACTS = {"max_model_len": "4096", "canvas_length": "64", "checkpoint": "demo", "server_version": "1.2.3"}
+FACTS = {"max_model_len": "4096", "checkpoint": "demo", "server_version": "1.2.3"}
 SAY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 GO_ON = {"model": MODEL, "prompt": "Once"}
 
@@ -164,6 +164,40 @@ def parse_events(content: bytes) -> list[Any]:
     parts = [part for part in content.decode().split("\n\n") if part.startswith("data: ")]
     texts = [part.removeprefix("data: ") for part in parts]
     return [text if text == "[DONE]" else json.loads(text) for text in texts]
+
+
+def typed_events(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The data of a stream's events, where each event is named as its type."""
+    assert answer.headers["content-type"].startswith("text/event-stream"), answer.text
+    found = []
+    for part in answer.text.removesuffix("\n\n").split("\n\n"):
+        name, data = part.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
+def without(items: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """The items without these keys."""
+    return [{name: value for name, value in item.items() if name not in names} for item in items]
+
+
+def say(*texts: str, **end: Any) -> Handler:
+    """Answers in these canvases; prompts have 30 tokens, of which ten are cached, and what is only tokenized three."""
+
+    def handler(request: InferRequest) -> Iterator[Any]:
+        if request.inputs.get("max_tokens") == (0,):
+            yield delta("<bos>text", [2, 5, 6])
+            yield final(input_tokens=3, output_tokens=0)
+            return
+        if request.inputs["stream_previews"] == (True,):
+            yield prefill(8, 30)
+            yield preview("Hel<|turn>")
+        for text in texts:
+            yield delta(text)
+        yield final(**{"input_tokens": 30, "output_tokens": 25, "steps": 7, "prefix_tokens": 10, **end})
+
+    return handler
 
 
 def in_turns(*answers: list[Any]) -> Handler:

@@ -15,7 +15,7 @@ from dgemma_openai.diffusing import diffusing
             '<|channel>thought\nhm<channel|>Hi<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|><turn|>',
             "thought\nhmHicall:f{a:x}",
         ),
-        ("<bos>one<eos><pad><pad><|image|>", "one"),
+        ("one<|image|>, and <pad> is what fills a batch", "one, and <pad> is what fills a batch"),
         ("<b>bold</b> <img src=x> a<b|c>d <em>", "<b>bold</b> <img src=x> a<b|c>d <em>"),
     ],
 )

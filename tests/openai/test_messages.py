@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Any
 
-import anthropic
-import httpx
-import httpx2
 import pytest
-from tests.openai.conftest import MODEL, Front, front, metric, until
+from tests.openai.conftest import MODEL, Front, front, say, typed_events, until, without
 
 from dgemma_client.errors import InvalidRequest, Overloaded, ServerError
-from dgemma_client.mock import Handler, delta, final, prefill, preview
+from dgemma_client.mock import delta, final
 from dgemma_client.requests import InferRequest
 
 pytestmark = pytest.mark.asyncio
@@ -31,49 +27,12 @@ TOOL: dict[str, Any] = {
 CACHED = {"type": "ephemeral"}
 
 
-def say(*texts: str, **end: Any) -> Handler:
-    """Answers in these canvases; prompts have three tokens, and a tenth of those is cached."""
-
-    def handler(request: InferRequest) -> Iterator[Any]:
-        if request.inputs.get("max_tokens") == (0,):
-            yield delta("<bos>text", [2, 5, 6])
-            yield final(input_tokens=3, output_tokens=0)
-            return
-        if request.inputs["stream_previews"] == (True,):
-            yield prefill(1, 3)
-            yield preview("Hel<|turn>")
-        for text in texts:
-            yield delta(text)
-        yield final(**{"input_tokens": 3, "output_tokens": 25, "steps": 7, "prefix_tokens": 2, **end})
-
-    return handler
-
-
-@asynccontextmanager
-async def official(service: Front) -> AsyncIterator[anthropic.AsyncAnthropic]:
-    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(service.app))
-    client = anthropic.AsyncAnthropic(api_key="none", base_url="http://front", http_client=http, max_retries=0)
-    async with client:
-        yield client
-
-
 async def streamed(service: Front, **changes: Any) -> list[dict[str, Any]]:
-    return read(await service.post(PATH, ASK | {"stream": True} | changes))
+    return typed_events(await service.post(PATH, ASK | {"stream": True} | changes))
 
 
-def read(answer: httpx.Response) -> list[dict[str, Any]]:
-    """The events; each is named as its type."""
-    assert answer.headers["content-type"].startswith("text/event-stream"), answer.text
-    found = []
-    for part in answer.text.removesuffix("\n\n").split("\n\n"):
-        name, data = part.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
-
-
-def without_ids(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in block.items() if name not in ("id", "signature")} for block in blocks]
+def without_ids(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return without(items, "id", "signature")
 
 
 def put_together(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,7 +148,7 @@ async def test_a_demanded_call_opens_the_turn(stream: bool) -> None:
         answer = await service.post(PATH, ASK | changes)
         opened = [request.inputs.get("text_input") for request in service.triton.requests]
         assert ("<bos>text<|tool_call>call:f{",) in opened
-    blocks = put_together(read(answer)) if stream else answer.json()["content"]
+    blocks = put_together(typed_events(answer)) if stream else answer.json()["content"]
     assert without_ids(blocks) == [{"type": "tool_use", "name": "f", "input": {"a": "x"}}]
 
 
@@ -214,7 +173,7 @@ async def test_what_agents_send_is_taken() -> None:
     }
     headers = {"anthropic_version": "2023-06-01", "anthropic_beta": "interleaved-thinking-2025-05-14"}
     async with front(say(THOUGHT + CALL)) as service:
-        told = read(await service.post(f"{PATH}?beta=true", body, **headers))
+        told = typed_events(await service.post(f"{PATH}?beta=true", body, **headers))
         counted = {name: body[name] for name in body if name not in ("max_tokens", "stream", "temperature", "metadata")}
         count = await service.post(f"{COUNT}?beta=true", counted, **headers)
     assert [block["type"] for block in put_together(told)] == ["thinking", "tool_use"]
@@ -247,8 +206,8 @@ async def test_an_answer_has_its_blocks_and_counts() -> None:
     assert (answer["type"], answer["role"], answer["model"]) == ("message", "assistant", MODEL)
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("tool_use", None)
     assert answer["usage"] == {
-        "input_tokens": 1,
-        "cache_read_input_tokens": 2,
+        "input_tokens": 20,
+        "cache_read_input_tokens": 10,
         "cache_creation_input_tokens": 0,
         "output_tokens": 25,
         "denoising_steps": 7,
@@ -291,7 +250,7 @@ async def test_thinking_that_is_not_wanted_is_not_sent(stream: bool) -> None:
     async with front(say(THOUGHT + "Hello")) as service:
         thinking = {"type": "adaptive", "display": "omitted"}
         answer = await service.post(PATH, ASK | {"thinking": thinking, "stream": stream})
-    blocks = put_together(read(answer)) if stream else answer.json()["content"]
+    blocks = put_together(typed_events(answer)) if stream else answer.json()["content"]
     assert blocks == [{"type": "text", "text": "Hello"}]
     assert "hm" not in answer.text
 
@@ -346,7 +305,7 @@ async def test_previews_come_with_pings() -> None:
         told = await streamed(service, diffusing=True)
     shown = [event["diffusing"] for event in told if event["type"] == "ping" and "diffusing" in event]
     assert shown == [
-        {"index": 0, "prefilled_tokens": 1, "prompt_tokens": 3},
+        {"index": 0, "prefilled_tokens": 8, "prompt_tokens": 30},
         {"index": 0, "canvas_index": 0, "step": 1, "text": "Hel"},
     ]
     assert put_together(told) == [{"type": "text", "text": "Hello"}]
@@ -376,25 +335,6 @@ async def test_a_failure_before_the_first_event_is_a_status(error: Exception, st
     assert not message.startswith("input_ids")
 
 
-async def test_a_failure_in_the_middle_is_an_event() -> None:
-    def failing(request: InferRequest) -> Iterator[Any]:
-        yield delta("Hel", [2])
-        if request.inputs["max_tokens"] == (0,):
-            yield final()
-            return
-        yield ServerError("out of luck")
-
-    async with front(failing) as service:
-        told = await streamed(service)
-        counted = metric((await service.get("/metrics")).text, "dgemma_openai_stream_failures_total")
-        async with official(service) as client:
-            with pytest.raises(anthropic.APIStatusError, match="out of luck"):
-                async with client.messages.stream(model=MODEL, max_tokens=5, messages=HI) as stream:
-                    await stream.until_done()
-    assert told[-1] == {"type": "error", "error": {"type": "api_error", "message": "out of luck"}}
-    assert counted == 1
-
-
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_leaves_ends_the_generation(stream: bool) -> None:
     def slow(request: InferRequest) -> Iterator[Any]:
@@ -411,65 +351,3 @@ async def test_a_client_that_leaves_ends_the_generation(stream: bool) -> None:
             await until(lambda: bool(service.triton.requests))
         call.leave()
         await until(lambda: bool(service.triton.cancelled))
-
-
-# ---------------------------------------------------------------- the official client
-
-
-async def test_the_official_client_answers_a_call() -> None:
-    async with front(say(THOUGHT + "Wait." + CALL)) as service, official(service) as client:
-        tools: Any = [TOOL]
-        first = await client.messages.create(
-            model=MODEL, max_tokens=50, messages=HI, tools=tools, thinking={"type": "enabled", "budget_tokens": 1024}
-        )
-        assert first.stop_reason == "tool_use"
-        call: Any = first.content[-1]
-        assert (call.name, call.input) == ("f", {"a": "x"})
-        result: Any = {"type": "tool_result", "tool_use_id": call.id, "content": "42"}
-        said: Any = [*HI, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
-        await client.messages.create(model=MODEL, max_tokens=50, messages=said, tools=tools)
-        messages = json.loads(service.asked()["messages"])["messages"]
-    assert messages[-1] == {"role": "tool", "tool_call_id": call.id, "name": "f", "content": "42"}
-    assert messages[-2]["reasoning_content"] == "hm hm"
-
-
-async def test_the_official_client_streams() -> None:
-    async with front(say(THOUGHT + "Hello the", "re" + CALL)) as service, official(service) as client:
-        tools: Any = [TOOL]
-        async with client.messages.stream(
-            model=MODEL, max_tokens=50, messages=HI, tools=tools, extra_body={"diffusing": True}
-        ) as stream:
-            texts = [text async for text in stream.text_stream]
-            message = await stream.get_final_message()
-    assert "".join(texts) == "Hello there"
-    assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
-    call: Any = message.content[-1]
-    assert call.input == {"a": "x"}
-    usage = message.usage
-    assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (1, 2, 25)
-
-
-async def test_the_official_client_counts() -> None:
-    async with front(say()) as service, official(service) as client:
-        count = await client.messages.count_tokens(model=MODEL, messages=HI, system="Be kind.")
-    assert count.input_tokens == 3
-
-
-async def test_the_official_client_with_betas() -> None:
-    async with front(say("Hello")) as service, official(service) as client:
-        message = await client.beta.messages.create(
-            model=MODEL,
-            max_tokens=50,
-            messages=HI,
-            betas=["context-management-2025-06-27"],
-            context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-        )
-        with pytest.raises(anthropic.BadRequestError, match=r"context_management\.edits\[0\]: is of a type"):
-            await client.beta.messages.create(
-                model=MODEL,
-                max_tokens=50,
-                messages=HI,
-                betas=["context-management-2025-06-27"],
-                context_management={"edits": [{"type": "clear_tool_uses_20250919"}]},
-            )
-    assert message.content[0].type == "text"

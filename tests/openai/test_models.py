@@ -59,8 +59,8 @@ async def test_facts_are_asked_for_again_after_a_while() -> None:
         assert (await api.chat()).json()["system_fingerprint"] != first
 
 
-@pytest.mark.parametrize("facts", [{}, {"max_model_len": "many", "canvas_length": "64"}])
-async def test_a_server_that_does_not_tell_its_lengths_is_named(facts: dict[str, str]) -> None:
+@pytest.mark.parametrize("facts", [{}, {"max_model_len": "many"}])
+async def test_a_server_that_does_not_tell_its_context_length_is_named(facts: dict[str, str]) -> None:
     async with front() as api:
         api.triton.facts = facts
         answer = await api.get("/v1/models")

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.openai.conftest import MODEL, Front, front, metric, until
+from tests.openai.conftest import MODEL, Front, front, metric, say, typed_events, until, without
 
 from dgemma_client.errors import ServerError
-from dgemma_client.mock import Handler, delta, final, prefill, preview
+from dgemma_client.mock import delta, final
 from dgemma_client.requests import InferRequest
 
 pytestmark = pytest.mark.asyncio
@@ -27,24 +27,6 @@ TOOL: dict[str, Any] = {
     "description": "d",
     "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
 }
-
-
-def say(*texts: str, **end: Any) -> Handler:
-    """Answers in these canvases; what is only tokenized has three tokens."""
-
-    def handler(request: InferRequest) -> Iterator[Any]:
-        if request.inputs.get("max_tokens") == (0,):
-            yield delta("<bos>text", [2, 5, 6])
-            yield final(input_tokens=3, output_tokens=0)
-            return
-        if request.inputs["stream_previews"] == (True,):
-            yield prefill(8, 30)
-            yield preview("Hel<|turn>")
-        for text in texts:
-            yield delta(text)
-        yield final(**{"input_tokens": 30, "output_tokens": 25, "steps": 7, "prefix_tokens": 10, **end})
-
-    return handler
 
 
 @asynccontextmanager
@@ -62,19 +44,14 @@ async def streamed(service: Front, **changes: Any) -> list[dict[str, Any]]:
 
 
 def read(answer: httpx.Response) -> list[dict[str, Any]]:
-    """The events; each is named as its type, and they are counted."""
-    assert answer.headers["content-type"].startswith("text/event-stream"), answer.text
-    found = []
-    for part in answer.text.removesuffix("\n\n").split("\n\n"):
-        name, data = part.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
+    """The events; they are counted."""
+    found = typed_events(answer)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
 
 
 def without_ids(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in item.items() if name not in ("id", "call_id")} for item in items]
+    return without(items, "id", "call_id")
 
 
 # ---------------------------------------------------------------- what is asked
@@ -303,6 +280,21 @@ async def test_a_failure_in_the_middle_is_an_error_and_a_failed_response() -> No
     assert (failed["status"], failed["error"]) == ("failed", {"code": "server_error", "message": "out of luck"})
     assert (failed["usage"], failed["output"][0]["status"]) == (None, "incomplete")
     assert counted == 1
+
+
+async def test_an_answer_whose_thinking_cannot_be_counted_is_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    def handler(request: InferRequest) -> Iterator[Any]:
+        if request.inputs.get("max_tokens") == (0,):
+            yield ServerError("it stops")
+            return
+        yield delta(THOUGHT + "Hello")
+        yield final(input_tokens=3, output_tokens=9)
+
+    async with front(handler) as service:
+        answer = await service.post(PATH, ASK)
+    assert answer.json()["output"][-1]["content"][0]["text"] == "Hello"
+    assert answer.json()["usage"]["output_tokens_details"] == {"reasoning_tokens": 0}
+    assert "was not counted (it stops)" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [True, False])

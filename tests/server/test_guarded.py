@@ -31,7 +31,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "status of GPU's": lambda client, **more: client.get_cuda_shared_memory_status(**more),
     "trace": lambda client, **more: client.update_trace_settings(settings={"trace_level": "TIMESTAMPS"}, **more),
     "trace settings": lambda client, **more: client.get_trace_settings(**more),
-    "log to a file": lambda client, **more: client.update_log_settings({"log_file": "/tmp/x"}, **more),
+    "log to a file": lambda client, **more: client.update_log_settings({"log_file": "triton.log"}, **more),
     "log settings": lambda client, **more: client.get_log_settings(**more),
 }
 PATHS = [

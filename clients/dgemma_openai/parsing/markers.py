@@ -18,7 +18,7 @@ MARKERS = frozenset(
     {CHANNEL, CHANNEL_END, CALL, CALL_END, RESPONSE, RESPONSE_END, TURN, TURN_END, QUOTE, "<|think|>"}
     | {"<|tool>", "<tool|>", "<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>", "<|audio|>", "<|video|>"}
 )
-_ANY = re.compile("|".join(map(re.escape, sorted(MARKERS))))  # none begins another one
+ANY_MARKER = re.compile("|".join(map(re.escape, sorted(MARKERS))))  # none begins another one
 _BEGINNINGS = frozenset(marker[:length] for marker in MARKERS for length in range(1, len(marker)))
 
 
@@ -38,7 +38,7 @@ class Splitter:
         """The markers so far, each by itself, and the text between them."""
         text = self._held + text
         start = 0
-        for found in _ANY.finditer(text):
+        for found in ANY_MARKER.finditer(text):
             if found.start() > start:
                 yield text[start : found.start()]
             yield found[0]
@@ -69,7 +69,7 @@ class Visible:
 
     def feed(self, text: str) -> str:
         """What can be shown now."""
-        text = _ANY.sub(" ", self._held + text)
+        text = ANY_MARKER.sub(" ", self._held + text)
         if self.trimmed and self._at_start:
             text = text.lstrip()
         end = len(text[: _unfinished(text)].rstrip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator
@@ -19,7 +20,7 @@ from dgemma_openai import sse
 from dgemma_openai.answers import check_stream_only, parameters, unless_left, usage
 from dgemma_openai.backend import Ask
 from dgemma_openai.diffusing import diffusing
-from dgemma_openai.errors import ApiError, from_client, from_unsupported
+from dgemma_openai.errors import ApiError, from_unsupported
 from dgemma_openai.gateway import Gateway, OpenGatewayDep
 from dgemma_openai.parsing.errors import Unsupported
 from dgemma_openai.parsing.events import (
@@ -57,6 +58,7 @@ from dgemma_openai.schemas.responses import (
 from dgemma_openai.strict_json import JsonRoute
 from dgemma_openai.turns import AnswerEvent, Ended, Question, answers
 
+_log = logging.getLogger(__name__)
 router = APIRouter(tags=["generation"], route_class=JsonRoute)
 # Triton's inputs -> this API's
 _NAMES = {"messages": "input", "text_input": "input", "input_ids": "input", "max_tokens": "max_output_tokens"}
@@ -299,13 +301,14 @@ async def _finished(job: _Job, gateway: Gateway, output: _Output, end: Ended) ->
 
 
 async def _count(gateway: Gateway, request_id: str, text: str) -> int:
-    """Tokens of thinking, without its markers."""
+    """Tokens of thinking, without its markers; 0 where the server cannot count any more, since the answer is there."""
     if not text:
         return 0
     try:
         tokens = await gateway.backend.tokenize(Ask(f"{request_id}-reasoning", {}, text=text))
     except ClientError as error:
-        raise from_client(error, {}) from None
+        _log.warning("request %s: its thinking was not counted (%s)", request_id, error)
+        return 0
     return len(tokens.ids) - 1  # the start token
 
 
