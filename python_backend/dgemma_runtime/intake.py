@@ -12,6 +12,7 @@ import numpy as np
 from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import Int32Array
 from dgemma_runtime.detokenizer import OutputText
+from dgemma_runtime.drafting.request_drafts import RequestDrafts
 from dgemma_runtime.errors import InvalidRequest
 from dgemma_runtime.events import Finished, Sink
 from dgemma_runtime.prefix import PageKeys
@@ -51,6 +52,7 @@ class Intake:
             is_cancelled=is_cancelled,
             timeline=timeline,
             keys=self._make_keys(parameters.cache_salt),
+            drafts=RequestDrafts(self._draft_ids(request, max_tokens)),
         )
 
     def tokenized(self, request: GenerationRequest, submitted: int) -> Finished:
@@ -65,6 +67,9 @@ class Intake:
             if not prompt:
                 raise InvalidRequest(field, "is empty; send at least one character")
             return self._codec.encode(prompt, field)
+        return self._checked_ids(prompt, field)
+
+    def _checked_ids(self, prompt: Int32Array, field: str) -> Int32Array:
         if prompt.size == 0:
             raise InvalidRequest(field, "is empty; send at least one token id")
         if not np.issubdtype(prompt.dtype, np.integer):
@@ -74,6 +79,21 @@ class Intake:
             last = self._vocab_size - 1
             raise InvalidRequest(field, f"token ids must be from 0 to {last}, got {outside.flat[0]}")
         return as_token_ids(prompt)
+
+    def _draft_ids(self, request: GenerationRequest, max_tokens: int) -> Int32Array | None:
+        """Checked; None where the client sent none."""
+        draft = request.draft
+        if draft is None:
+            return None
+        field = "draft_text" if isinstance(draft, str) else "draft_ids"
+        if request.parameters.drafter != "auto":
+            raise InvalidRequest(field, f"excludes drafter {request.parameters.drafter!r}; leave drafter out")
+        ids = self._codec.encode(draft, field)[1:] if isinstance(draft, str) else self._checked_ids(draft, field)
+        if len(ids) > max_tokens:
+            raise InvalidRequest(
+                field, f"has {len(ids)} tokens, the output may have {max_tokens}; shorten it or raise max_tokens"
+            )
+        return ids
 
     def _max_tokens(self, field: str, prompt_tokens: int, asked: int | None) -> int:
         context = f"this model's maximum context length is {self._max_model_len} tokens"

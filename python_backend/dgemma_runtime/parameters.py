@@ -54,7 +54,12 @@ RANGES: Mapping[str, Range] = {
     "confidence_threshold": Range(1e-9, 1e3, whole=False),  # nats
     "priority": Range(-1000, 1000, whole=True),
     "deadline_ms": Range(1, 2**31 - 1, whole=True),  # milliseconds
+    "draft_confidence": Range(0, 1, whole=False),
 }
+# Who may propose a canvas: whoever has something; nobody; matches in prompt and output; the drafter network.
+DRAFTERS = ("auto", "off", "lookup", "model")
+# How a draft is shown to the denoiser: as it is; or twice in one pass, each time without every second of its tokens.
+VERIFICATIONS = ("direct", "halves")
 
 # What this runtime cannot do, with the values that ask for nothing: those are let through, anything else is refused.
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
@@ -73,7 +78,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "prompt_logprobs": (False, 0),
     "guided_decoding_guide_type": ("",),
     "guided_decoding_guide": ("",),
-    "drafter": ("off", ""),
     "n": (1,),
     "best_of": (1,),
     "beam_width": (1,),
@@ -83,6 +87,7 @@ SUPPORTED = (
     *("max_tokens", "end_id", "stop", "stop_words", "temperature", "seed", "max_denoising_steps", "entropy_bound"),
     *("t_min", "t_max", "stability_threshold", "confidence_threshold", "stream", "stream_previews"),
     *("priority", "deadline_ms", "cache_salt", "skip_special_tokens"),
+    *("drafter", "draft_confidence", "draft_verification"),
 )
 
 
@@ -107,9 +112,12 @@ class GenerationParameters:
     deadline_ms: int | None = None  # from submission; the request then ends with what it has
     cache_salt: str = ""  # only requests with the same one share cached prefixes
     skip_special_tokens: bool = True  # they have no text in the output
+    drafter: str = "auto"  # of DRAFTERS
+    draft_confidence: float = 0.5  # positions of a draft that are less certain start as noise
+    draft_verification: str = "direct"  # of VERIFICATIONS
 
     def __post_init__(self) -> None:
-        for name in ("max_denoising_steps", "entropy_bound", "t_min", "t_max"):
+        for name in ("max_denoising_steps", "entropy_bound", "t_min", "t_max", "draft_confidence"):
             _number(name, getattr(self, name))
         for name in ("max_tokens", "seed", "stability_threshold", "confidence_threshold", "priority", "deadline_ms"):
             if (value := getattr(self, name)) is not None:
@@ -147,7 +155,7 @@ def parse_parameters(values: Mapping[str, object], defaults: GenerationParameter
     `temperature` is a flat schedule (t_min = t_max = temperature). 0 is greedy: accepted positions take their argmax,
     entropies still come from the default schedule. `stability_threshold` -1 turns adaptive stopping off. `end_id`
     replaces the checkpoint's end ids, -1 leaves none. Unknown names and what the runtime cannot do raise
-    InvalidRequest, except for values that ask for nothing (top_k 0 or -1, top_p 1, penalties 1/0/0, drafter "off").
+    InvalidRequest, except for values that ask for nothing (top_k 0 or -1, top_p 1, penalties 1/0/0).
     """
     given = {
         name: value.tolist() if isinstance(value, np.ndarray) else value
@@ -172,6 +180,9 @@ def parse_parameters(values: Mapping[str, object], defaults: GenerationParameter
             changes["stop"] = _strings(name, given[name])
     if "cache_salt" in given:
         changes["cache_salt"] = _string("cache_salt", given["cache_salt"])
+    for name, choices in (("drafter", DRAFTERS), ("draft_verification", VERIFICATIONS)):
+        if name in given:
+            changes[name] = _choice(name, given[name], choices)
     for name in ("stream", "stream_previews", "skip_special_tokens"):
         if name in given:
             changes[name] = _boolean(name, given[name])
@@ -239,6 +250,12 @@ def _string(name: str, value: object) -> str:
     if isinstance(value, str):
         return value
     raise InvalidRequest(name, f"must be a string, got {_shown(value)}")
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if isinstance(value, str) and value in choices:
+        return value
+    raise InvalidRequest(name, f"must be one of {', '.join(choices)}, got {_shown(value)}")
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.contract import Int32Array
 from dgemma_runtime.detokenizer import OutputText
+from dgemma_runtime.drafting.request_drafts import RequestDrafts
 from dgemma_runtime.events import Sink
 from dgemma_runtime.noise import CanvasNoise
 from dgemma_runtime.pages import PageTable
@@ -26,6 +27,8 @@ class GenerationRequest:
     parameters: GenerationParameters
     request_id: str = ""  # "": the service makes one
     source: str = ""  # the input that the prompt came as; "": as its type says
+    draft: str | Int32Array | None = None  # of the output, by the client: text, or token ids [n]
+    template: tuple[str | int, ...] = ()  # of the output: literal text, and holes of so many tokens
 
     @property
     def prompt_field(self) -> str:
@@ -65,6 +68,7 @@ class LiveRequest:
     is_cancelled: Callable[[], bool]
     timeline: Timeline
     keys: PageKeys | None = None  # None where it neither looks for cached prefixes nor leaves any
+    drafts: RequestDrafts = field(default_factory=RequestDrafts)
     arrival: int = 0  # order of submission, set by the scheduler
     tokens: Int32Array = field(init=False)  # [n], all that are known: the prompt and the canvases emitted
     cached_tokens: int = 0
@@ -102,9 +106,10 @@ class LiveRequest:
         return None if limit is None else self.timeline.submitted + limit * 1_000_000
 
     def start_canvas(self, canvas_length: int, vocab_size: int) -> Canvas:
-        """Fresh noise for the next canvas."""
+        """The next canvas, from fresh noise and what was drafted and pinned of it."""
         noise = CanvasNoise(self.seed, self.canvas_index, canvas_length, vocab_size)
-        self.canvas = Canvas(self.parameters, noise)
+        pins = self.drafts.pins(self.canvas_index, canvas_length)
+        self.canvas = Canvas(self.parameters, noise, self.drafts.proposal, pins)
         return self.canvas
 
     def end_canvas(self, argmax_ids: Int32Array) -> None:

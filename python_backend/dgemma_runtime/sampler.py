@@ -55,6 +55,10 @@ class StoppingRule:
         self._previous: Int32Array | None = None
         self._unchanged = 0  # steps in a row before this one whose argmax canvas equals this one's
 
+    def seen(self, argmax_ids: Int32Array) -> None:
+        """Count this as the argmax canvas [canvas_length] of the step before the first; -1 equals no token."""
+        self._previous = argmax_ids
+
     def update(self, argmax_ids: Int32Array, mean: Any) -> bool:
         """Takes one step's argmax canvas [canvas_length] and mean entropy; whether the canvas is done."""
         if self._steps_needed is None or self._threshold is None:

@@ -138,6 +138,14 @@ class Scheduler:
         if request not in self._prefilling:
             self._prefilling.append(request)
 
+    def lend_slot(self) -> int | None:
+        """A slot that no request has, until `give_back` within the same tick; None where no more may run."""
+        taken = self._num_slots - len(self._free_slots)
+        return self._free_slots.pop() if taken < self._most_running else None
+
+    def give_back(self, slot: int) -> None:
+        self._free_slots.append(slot)
+
     # ------------------------------------------------------------ ticks
 
     def plan(self) -> Plan:

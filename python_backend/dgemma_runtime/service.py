@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import CommitRow, DenoiseResult, EncodeRow, Engine
+from dgemma_runtime.drafting.drafting import Drafting
+from dgemma_runtime.drafting.step import denoise_step
 from dgemma_runtime.errors import DGemmaError, EngineError, EngineMemoryError, Overloaded
 from dgemma_runtime.events import Commit, Event, Finished, FinishReason, Prefill, Preview, Sink
 from dgemma_runtime.intake import Intake
@@ -51,6 +53,7 @@ class Service:
         self.failure: str | None = None
         self._engine, self._model = engine, engine.manifest.model
         self._scheduler = Scheduler(self._model, engine.limits, settings)
+        self._drafting = Drafting(self._model.canvas_length)
         self.intake = Intake(codec, self._model.vocab_size, self.max_model_len, self._scheduler.make_keys)
         self._observer = observer or Observer()
         self._changed = threading.Condition()  # guards the scheduler, `finished` of requests, and these two
@@ -271,11 +274,7 @@ class Service:
         """One step of the canvases, commits beside it, and its time in nanoseconds."""
         if not plan.denoise and not plan.commit:
             return None, 0
-        rows = []
-        for request in plan.denoise:
-            canvas = request.canvas or self._start_canvas(request)
-            assert request.pages is not None
-            rows.append(canvas.row(request.slot, request.cached_tokens, request.pages.view))
+        self._start_canvases([request for request in plan.denoise if request.canvas is None])
         commits = []
         for request in plan.commit:
             assert request.pages is not None
@@ -284,21 +283,27 @@ class Service:
             request.laid_out = True
         started = time.monotonic_ns()
         with self._engine_time.running():
-            result = self._engine.denoise(rows, commits)
+            result = denoise_step(
+                self._engine, plan.denoise, commits, self._scheduler.lend_slot, self._scheduler.give_back
+            )
         ended = time.monotonic_ns()
-        self._canvas_steps += len(rows)
-        assert result.argmax_ids.shape == (len(rows), self._model.canvas_length)
-        self._observer.stepped(len(rows), len(commits), started, ended)
+        canvases = len(plan.denoise)
+        self._canvas_steps += canvases
+        assert result.argmax_ids.shape == (canvases, self._model.canvas_length)
+        self._observer.stepped(canvases, len(commits), started, ended)
         for request in plan.commit:
             self._encoded(request, len(request.uncached))
             self._observer.encoded(request, started, ended)
         return result, ended - started
 
-    def _start_canvas(self, request: LiveRequest) -> Canvas:
+    def _start_canvases(self, requests: list[LiveRequest]) -> None:
         now = time.monotonic_ns()
-        request.timeline.prefilled = request.timeline.prefilled or now
-        request.timeline.canvas_started = now
-        return request.start_canvas(self._model.canvas_length, self._model.vocab_size)
+        for request in requests:
+            request.timeline.prefilled = request.timeline.prefilled or now
+            request.timeline.canvas_started = now
+        self._drafting.propose(requests)
+        for request in requests:
+            request.start_canvas(self._model.canvas_length, self._model.vocab_size)
 
     def _make_room(self, plan: Plan, error: EngineMemoryError) -> None:
         """An engine call did not count: the tick's canvases start again with one request less; the last one fails."""

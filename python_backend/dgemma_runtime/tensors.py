@@ -65,6 +65,8 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("stability_threshold", "INT32", "diffusion"),
     TensorSpec("confidence_threshold", "FP32", "diffusion"),
     TensorSpec("drafter", "BYTES", "diffusion"),
+    TensorSpec("draft_confidence", "FP32", "diffusion"),
+    TensorSpec("draft_verification", "BYTES", "diffusion"),
     TensorSpec("priority", "INT32", "scheduling"),
     TensorSpec("deadline_ms", "INT32", "scheduling"),
     TensorSpec("cache_salt", "BYTES", "scheduling"),

@@ -226,7 +226,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"text_input": "a", "bad_words": ["x"]}, "bad_words: is not supported"),
     ({"text_input": "a", "return_log_probs": True}, "return_log_probs: is not supported"),
     ({"text_input": "a", "guided_decoding_guide_type": "json"}, "guided_decoding_guide_type: is not supported"),
-    ({"text_input": "a", "drafter": "on"}, "drafter: is not supported"),
+    ({"text_input": "a", "drafter": "on"}, "drafter: must be one of auto, off, lookup, model, got 'on'"),
     ({"text_input": "a", "priority": 1001}, "priority: must be an integer from -1000 to 1000, got 1001"),
     ({"text_input": "a", "priority": -1001}, "priority: must be an integer from -1000 to 1000, got -1001"),
     ({"text_input": "a", "sampling_parameters": '{"priority": "high"}'}, "priority: must be an integer .*, got 'high'"),

@@ -207,7 +207,6 @@ def test_what_asks_for_nothing_is_let_through(name: str) -> None:
         ("logprobs", 5),
         ("guided_decoding_guide_type", "json"),
         ("guided_decoding_guide", "{}"),
-        ("drafter", "on"),
         ("n", 2),
         ("logit_bias", {"5": 1}),
     ],
@@ -235,3 +234,18 @@ def test_long_values_are_cut_in_messages() -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_parameters({"max_tokens": "9" * 10_000}, DEFAULTS)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("drafter", "on", "drafter: must be one of auto, off, lookup, model, got 'on'"),
+        ("drafter", True, "drafter: must be one of auto, off, lookup, model, got True"),
+        ("draft_verification", "both", "draft_verification: must be one of direct, halves, got 'both'"),
+        ("draft_confidence", 1.1, "draft_confidence: must be a number from 0 to 1, got 1.1"),
+    ],
+)
+def test_drafting_that_there_is_not_is_refused(name: str, value: object, expected: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_parameters({name: value}, DEFAULTS)
+    assert str(caught.value) == expected

@@ -83,13 +83,13 @@ def test_every_parameter_tensor_is_known_to_the_parameters() -> None:
     "spec", [s for s in INPUTS if not s.many and s.group in ("diffusion", "scheduling")], ids=lambda s: s.name
 )
 def test_scalars_come_in_one_or_two_dimensions(spec: TensorSpec, shape: tuple[int, ...]) -> None:
-    value = {"drafter": b"off", "cache_salt": b"x", "t_min": 0.2, "t_max": 0.9}.get(spec.name, 1)
+    special = {"drafter": b"off", "draft_verification": b"halves", "cache_salt": b"x", "t_min": 0.2, "t_max": 0.9}
+    value = special.get(spec.name, 1)
     given: dict[str, Any] = {spec.name: np.array([value], NUMPY_TYPES[spec.datatype]).reshape(shape)}
     parsed = parse(**given)
-    if spec.name != "drafter":
-        found = getattr(parsed.parameters, spec.name)
-        assert found == ("x" if value == b"x" else value)
-        assert type(found) is {"FP32": float, "BYTES": str}.get(spec.datatype, int)
+    found = getattr(parsed.parameters, spec.name)
+    assert found == (value.decode() if isinstance(value, bytes) else value)
+    assert type(found) is {"FP32": float, "BYTES": str}.get(spec.datatype, int)
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 1, 1), (0,), ()])

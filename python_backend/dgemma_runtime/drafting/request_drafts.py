@@ -1,0 +1,42 @@
+"""What one request has to do with drafts: the client's own, its pins, the present canvas's draft, what came of them.
+
+Knows no drafter but the client.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dgemma_runtime.contract import Int32Array
+from dgemma_runtime.drafting.proposal import DraftOutcome, Pins, Proposal, lay_out
+
+
+@dataclass(eq=False)
+class RequestDrafts:
+    """Changed by the service alone."""
+
+    given: Int32Array | None = None  # [n], the client's draft of the whole output
+    literals: Pins | None = None  # [n] of the whole output; behind it nothing is pinned
+    proposal: Proposal | None = None  # for the present canvas
+    canvas_index: int = -1  # whose proposal that is; a canvas that starts again starts from the same
+    outcomes: list[DraftOutcome] = field(default_factory=list)
+
+    def of_client(self, canvas_index: int, canvas_length: int) -> Proposal | None:
+        """The client's draft of this canvas; None where there is none, or it ends before."""
+        if self.given is None:
+            return None
+        ids = self.given[canvas_index * canvas_length :][:canvas_length]
+        return lay_out(ids, np.ones(len(ids), np.float32), canvas_length, "client") if len(ids) else None
+
+    def pins(self, canvas_index: int, canvas_length: int) -> Pins | None:
+        """Of this canvas; None where nothing is pinned."""
+        if self.literals is None:
+            return None
+        start = canvas_index * canvas_length
+        pinned = self.literals.pinned[start:][:canvas_length]
+        if not pinned.any():
+            return None
+        missing = canvas_length - len(pinned)
+        return Pins(np.pad(self.literals.token_ids[start:][:canvas_length], (0, missing)), np.pad(pinned, (0, missing)))
