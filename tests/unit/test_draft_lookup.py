@@ -47,7 +47,7 @@ def test_the_longest_and_latest_match_in_another_text(corpus: list[int], text: l
 
 @given(texts)
 def test_what_is_proposed_followed_the_match(text: list[int]) -> None:
-    proposal, match = propose(ids(text), CANVAS), by_hand(text, text, MAX_MATCH)
+    proposal, match = propose(ids(text), 0, CANVAS), by_hand(text, text, MAX_MATCH)
     if match is None or match.length < MIN_MATCH:
         assert proposal is None
         return
@@ -61,35 +61,35 @@ def test_what_is_proposed_followed_the_match(text: list[int]) -> None:
 
 @pytest.mark.parametrize("text", [[], [5], [5, 5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 1, 2, 3]])
 def test_too_little_is_repeated(text: list[int]) -> None:
-    assert propose(ids(text), CANVAS) is None
+    assert propose(ids(text), 0, CANVAS) is None
 
 
 def test_what_followed_the_end_of_the_text_before() -> None:
-    proposal = propose(ids([1, 2, 3, 4, 50, 51, 52, 1, 2, 3, 4]), 5)
+    proposal = propose(ids([1, 2, 3, 4, 50, 51, 52, 1, 2, 3, 4]), 0, 5)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50, 51, 52, 1, 2]
 
 
 def test_the_latest_of_equal_matches() -> None:
-    proposal = propose(ids([1, 2, 3, 4, 50, 1, 2, 3, 4, 60, 1, 2, 3, 4]), 1)
+    proposal = propose(ids([1, 2, 3, 4, 50, 1, 2, 3, 4, 60, 1, 2, 3, 4]), 0, 1)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [60]
 
 
 def test_the_longest_match_before_the_latest() -> None:
-    proposal = propose(ids([9, 1, 2, 3, 4, 50, 1, 2, 3, 4, 60, 9, 1, 2, 3, 4]), 1)
+    proposal = propose(ids([9, 1, 2, 3, 4, 50, 1, 2, 3, 4, 60, 9, 1, 2, 3, 4]), 0, 1)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50]
 
 
 def test_a_period_goes_on() -> None:
-    proposal = propose(ids([8, 9, *[1, 2, 3] * 4]), 8)
+    proposal = propose(ids([8, 9, *[1, 2, 3] * 4]), 0, 8)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 def test_one_token_throughout_a_long_text() -> None:
-    proposal = propose(np.full(100_000, 7, np.int32), CANVAS)
+    proposal = propose(np.full(100_000, 7, np.int32), 0, CANVAS)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [7] * CANVAS
 
@@ -122,7 +122,7 @@ def test_a_match_counts_up_to_the_limit() -> None:
 
 
 def test_nothing_is_proposed_behind_an_end_token() -> None:
-    proposal = propose(ids([1, 2, 3, 4, 50, END, 51, 1, 2, 3, 4]), CANVAS, end_ids=(98, END))
+    proposal = propose(ids([1, 2, 3, 4, 50, END, 51, 1, 2, 3, 4]), 0, CANVAS, end_ids=(98, END))
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50, END] + [NOTHING] * (CANVAS - 2)
     assert (proposal.confidences > 0).tolist() == [True, True] + [False] * (CANVAS - 2)
@@ -130,27 +130,27 @@ def test_nothing_is_proposed_behind_an_end_token() -> None:
 
 def test_the_clients_draft_wins_ties() -> None:
     text, draft = ids([1, 2, 3, 4, 50, 1, 2, 3, 4]), ids([1, 2, 3, 4, 60, 61])
-    proposal = propose(text, 4, draft=draft)
+    proposal = propose(text, 0, 4, draft=draft)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [60, 61, NOTHING, NOTHING]
 
 
 def test_a_longer_match_in_the_text_wins_over_the_clients_draft() -> None:
     text, draft = ids([7, 1, 2, 3, 4, 50, 7, 1, 2, 3, 4]), ids([1, 2, 3, 4, 60, 61])
-    proposal = propose(text, 1, draft=draft)
+    proposal = propose(text, 0, 1, draft=draft)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50]
 
 
 def test_the_clients_draft_where_the_text_repeats_nothing() -> None:
-    proposal = propose(ids([20, 21, 1, 2, 3, 4]), 2, draft=ids([1, 2, 3, 4, 60, 61]))
+    proposal = propose(ids([20, 21, 1, 2, 3, 4]), 0, 2, draft=ids([1, 2, 3, 4, 60, 61]))
     assert proposal is not None
     assert proposal.token_ids.tolist() == [60, 61]
 
 
 def test_a_draft_that_has_nothing_to_do_with_the_text() -> None:
-    assert propose(ids([20, 21, 22, 23, 24]), 2, draft=ids([1, 2, 3, 4, 60])) is None
-    assert propose(ids([20, 21, 22, 23, 24]), 2, draft=ids([])) is None
+    assert propose(ids([20, 21, 22, 23, 24]), 0, 2, draft=ids([1, 2, 3, 4, 60])) is None
+    assert propose(ids([20, 21, 22, 23, 24]), 0, 2, draft=ids([])) is None
 
 
 @given(st.integers(MIN_MATCH, MAX_MATCH - 1), st.integers(2, 256))
@@ -162,6 +162,6 @@ def test_confidence_rises_with_the_match_and_falls_with_distance(length: int, co
 
 
 def test_confidences_are_laid_along_the_proposal() -> None:
-    proposal = propose(ids([1, 2, 3, 4, 50, 51, 52, 1, 2, 3, 4]), CANVAS)
+    proposal = propose(ids([1, 2, 3, 4, 50, 51, 52, 1, 2, 3, 4]), 0, CANVAS)
     assert proposal is not None
     assert proposal.confidences.tolist() == confidences(4, CANVAS).tolist()

@@ -1,4 +1,4 @@
-"""Prompt lookup: drafts what followed an earlier occurrence of the text's end. Knows token ids, no model, no request.
+"""Prompt lookup: drafts a canvas from what the prompt, the output or a client repeats. Knows token ids, no request.
 
 There is no index. A canvas begins once in a dozen denoising steps, and one scan with numpy finds the longest match at
 once: 0.1 ms for 262,144 tokens of text, 3 ms where one token is repeated all through it. An automaton would make every
@@ -7,16 +7,19 @@ prompt pay at its arrival for what most requests never use, and would need tens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from dgemma_runtime.contract import Float32Array, Int32Array
-from dgemma_runtime.drafting.proposal import NOTHING, Proposal
+from dgemma_runtime.drafting.edits import Copy, carry_on, look_ahead, look_back
+from dgemma_runtime.drafting.proposal import Proposal, lay_out
 
 MIN_MATCH = 4  # tokens; what follows shorter matches is right in one position of ten
 MAX_MATCH = 64  # tokens; longer matches count as long as this
+_CUTS = (0, 8)  # tokens left off the text's end: behind a fresh edit nothing matches
 _SPARSE = 16  # once fewer than one position in so many is left, positions are listed instead of marked
 
 
@@ -58,35 +61,57 @@ def longest_match(corpus: Int32Array, text: Int32Array, max_match: int = MAX_MAT
     return Match(int(ends[-1]) + 1, length)
 
 
-def confidences(match_length: int, count: int) -> Float32Array:
-    """[count]: rises with the match, falls with the distance from it, in tokens.
+def confidences(strength: int, count: int) -> Float32Array:
+    """[count]: rises with the tokens that agreed before, falls with the distance from them, in tokens.
 
     Of the form of the rule of succession; the constants are those of texts and programs as they were edited.
     """
     distance = np.arange(count, dtype=np.float32)
-    return np.float32(match_length) / (np.float32(match_length + 2) + distance / np.float32(4))
+    return np.float32(strength) / (np.float32(strength + 2) + distance / np.float32(4))
 
 
 def propose(
-    text: Int32Array, canvas_length: int, end_ids: Sequence[int] = (), draft: Int32Array | None = None
+    text: Int32Array,
+    prompt_length: int,
+    canvas_length: int,
+    end_ids: Sequence[int] = (),
+    draft: Int32Array | None = None,
 ) -> Proposal | None:
     """A canvas for the end of `text` [n], prompt and output so far; None where too little of its end occurred before.
 
-    `draft`, a client's own, is searched first and wins ties. Where the match reaches the end of the text, its period is
-    repeated. Nothing is proposed behind a draft's end or behind an end token.
+    The strongest of: the output goes on copying the client's `draft`, which wins ties; it goes on copying the prompt;
+    it repeats itself, again and again where the match reaches its end. Nothing is proposed behind an end token.
     """
-    own = None if draft is None else longest_match(draft, text)
+    found: list[tuple[int, Iterator[int]]] = []
+    for source in (draft, text[:prompt_length]):
+        if source is not None and (copy := _followed(source, text, len(text) - prompt_length)) is not None:
+            found.append((copy.strength, carry_on(source, copy, canvas_length)))
     match = longest_match(text, text)
-    if draft is not None and own is not None and (match is None or own.length >= match.length):
-        match, ids = own, draft[own.end :][:canvas_length]
-    elif match is not None:
-        ids = np.resize(text[match.end :], canvas_length)
-    if match is None or match.length < MIN_MATCH:
+    if match is not None and match.length >= MIN_MATCH:
+        found.append((match.length, iter(np.resize(text[match.end :], canvas_length).tolist())))
+    if not found:
         return None
-    is_end = np.isin(ids, end_ids)
-    count = int(is_end.argmax()) + 1 if is_end.any() else len(ids)
-    token_ids = np.full(canvas_length, NOTHING, np.int32)
-    token_ids[:count] = ids[:count]
-    certain = np.zeros(canvas_length, np.float32)
-    certain[:count] = confidences(match.length, count)
-    return Proposal(token_ids, certain, "lookup")
+    strength, following = max(found, key=lambda item: item[0])
+    ids = list(_until_end(islice(following, canvas_length), end_ids))
+    return lay_out(np.array(ids, np.int32), confidences(strength, len(ids)), canvas_length, "lookup")
+
+
+def _followed(source: Int32Array, text: Int32Array, output_length: int) -> Copy | None:
+    """The strongest way in which the text goes on from a place of the source."""
+    copies: list[Copy] = []
+    for cut in _CUTS:
+        if cut and output_length <= cut:
+            continue
+        known, rest = text[: len(text) - cut], text[len(text) - cut :]
+        match = longest_match(source, known)
+        if match is not None and match.length >= MIN_MATCH:
+            before = look_back(source, match.end, known)
+            copies += [copy for copy in [look_ahead(source, before, rest)] if copy is not None]
+    return max(copies, key=lambda copy: copy.strength, default=None)
+
+
+def _until_end(ids: Iterator[int], end_ids: Sequence[int]) -> Iterator[int]:
+    for token_id in ids:
+        yield token_id
+        if token_id in end_ids:
+            return
