@@ -14,6 +14,7 @@ from rich.text import Text
 
 from dgemma_build.backends import PRECISIONS
 from dgemma_build.bars import Bars
+from dgemma_build.drafter.export import DrafterRequest, build_drafter
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.plan.command import plan_command
 from dgemma_build.tensorrt_llm import FLAGS
@@ -64,12 +65,25 @@ def engine(
             "--max-batch-size", "--max_batch_size", help="Canvases in one step.", show_default="chosen when serving"
         ),
     ] = None,
+    drafter: Annotated[
+        Path | None,
+        typer.Option(
+            help="Drafter's checkpoint directory: build its engine, for the denoiser that --checkpoint names."
+        ),
+    ] = None,
     plugins: Annotated[
         bool, typer.Option("--plugins", help="tensorrt on Hopper: experts and head as kernels of this project.")
     ] = False,
 ) -> None:
     """Turn a checkpoint into a directory that the server loads."""
     chosen = precision or PRECISIONS.get(backend, ("",))[0]
+    if drafter is not None:
+        given = {"--kv-precision": kv_precision, "--max-model-len": max_model_len, "--max-batch-size": max_batch_size}
+        for name, value in (given | {"--plugins": plugins}).items():
+            if value:
+                raise ConfigurationError(f"{name} {value}: is the denoiser's; leave it out with --drafter")
+        _drafter_engine(DrafterRequest(drafter, checkpoint, output, backend, chosen))
+        return
     request = BuildRequest(checkpoint, output, backend, chosen, kv_precision, plugins, max_model_len, max_batch_size)
     started = time.monotonic()
     with Bars(console) as bars:
@@ -78,6 +92,16 @@ def engine(
     console.print(
         f"{output}: {manifest.backend} {manifest.backend_version} for {manifest.target}, {manifest.precision}, "
         f"{manifest.max_model_len:,} tokens of context, {size:,.1f} MB, {time.monotonic() - started:.0f} s"
+    )
+
+
+def _drafter_engine(request: DrafterRequest) -> None:
+    with Bars(console) as bars:
+        manifest = build_drafter(request, bars)
+    size = sum(file.stat().st_size for file in request.output.iterdir()) / 1e6
+    console.print(
+        f"{request.output}: drafter for {manifest.denoiser}, {manifest.backend} {manifest.backend_version}, "
+        f"{manifest.precision}, {size:,.1f} MB"
     )
 
 

@@ -10,12 +10,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from dgemma_runtime.errors import ManifestError
+
+if TYPE_CHECKING:
+    from dgemma_runtime.drafter_manifest import DrafterManifest
 
 MANIFEST_FILE = "config.json"
 FORMAT_VERSION = 3
@@ -201,6 +204,24 @@ class DenoiseResult:
 
 
 @dataclass(frozen=True)
+class DraftRow:
+    """A canvas that is about to begin, for the engine's drafter to propose."""
+
+    slot: int  # as in DenoiseRow
+    position: int  # context length, at least 1
+    pages: SequencePages
+    last_id: int  # the token at position - 1
+
+
+@dataclass(frozen=True)
+class DraftResult:
+    """What the drafter proposes, per row and canvas position."""
+
+    token_ids: Int32Array  # [B, canvas_length]
+    confidences: Float32Array  # [B, canvas_length], the drafter's probability of each token
+
+
+@dataclass(frozen=True)
 class EngineLimits:
     """What an engine instance was given to work with."""
 
@@ -223,6 +244,7 @@ class Engine(Protocol):
 
     manifest: Manifest
     limits: EngineLimits
+    drafter: DrafterManifest | None  # of the drafter that it was opened with
 
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         """Encode each row's tokens and write their keys and values into the row's pages."""
@@ -231,6 +253,14 @@ class Engine(Protocol):
     def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
         """One denoising step of `rows`, which keep their soft embeddings for their slots' next steps; `commits` are
         encoded beside them, in the same pass where the engine can. All slots are distinct; either may be empty.
+        """
+        ...
+
+    def draft(self, rows: Sequence[DraftRow]) -> DraftResult:
+        """Propose canvases for slots whose next call is the first step of those canvases; only with a drafter.
+
+        Their contexts are laid out as that step would. A proposal changes nothing of what the step gives; whatever a
+        draft raises, the engine can go on.
         """
         ...
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from dgemma_runtime.contract import EngineLimits, Manifest
+from dgemma_runtime.drafter_manifest import DrafterManifest, check_drafter, drafter_bytes
 from dgemma_runtime.errors import ConfigurationError, ManifestError
 from dgemma_runtime.host_memory import AvailableMemory, available_memory
 from dgemma_runtime.memory_formulas import (
@@ -85,6 +87,7 @@ def plan_host_memory(
     available = available or available_memory()
     reserve = max(_RESERVE_BYTES, round(_RESERVE_SHARE * available.nbytes))
     weights = sum((directory / name).stat().st_size for name in manifest.files)
+    drafter = _drafter_bytes(manifest, settings)
 
     def uses(chosen: RuntimeSettings, limits: EngineLimits) -> Uses:
         if manifest.backend != "onnxruntime":
@@ -99,6 +102,7 @@ def plan_host_memory(
             ("keys and values in pages", found.kv_pools),
             ("contexts laid out for calls", found.workspaces),
             ("what a call works in: attention's scores, activations, logits", found.activations),
+            *((("drafter", drafter(chosen.max_batch_size)),) if drafter else ()),
         )
 
     if manifest.backend == "onnxruntime" and not (manifest.num_attention_heads and manifest.layer_values):
@@ -107,6 +111,16 @@ def plan_host_memory(
             "be planned; build the engine again with `dgemma-build engine`"
         )
     return _plan(manifest, settings, available, reserve, uses)
+
+
+def _drafter_bytes(manifest: Manifest, settings: RuntimeSettings) -> Callable[[int], int] | None:
+    """Of the drafter, by the number of canvases at once; None without one. Raises where it is of another denoiser."""
+    if settings.draft_model is None:
+        return None
+    directory = Path(settings.draft_model)
+    drafter = DrafterManifest.load(directory, verify_hashes=False)  # the engine verifies them
+    check_drafter(directory, drafter, manifest)
+    return partial(drafter_bytes, directory, drafter)
 
 
 def plan_device_memory(

@@ -49,6 +49,7 @@ def run(
     threads: Annotated[int | None, typer.Option(help="Cores for the engine; 0: all.")] = None,
     gpu: Annotated[int | None, typer.Option(help="Number of the GPU, for an engine that needs one.")] = None,
     cuda_graphs: Annotated[bool, typer.Option(help="Replay captured denoising steps, on a GPU.")] = True,
+    draft_model: Annotated[Path | None, typer.Option(help="Engine directory of a drafter for this engine.")] = None,
     warm_up: Annotated[bool, typer.Option(help="Run a short generation before the model is ready.")] = True,
     log_level: Annotated[str, typer.Option(help="Of the model's log: DEBUG, INFO, WARNING or ERROR.")] = "INFO",
     log_format: Annotated[str, typer.Option(help="Of the model's log: text, or json, an object per line.")] = "text",
@@ -76,6 +77,7 @@ def run(
         "threads": threads,
         "gpu": gpu,
         "cuda_graphs": cuda_graphs,
+        "draft_model": None if draft_model is None else str(draft_model),
     }
     process = {
         "warm_up": warm_up,

@@ -32,6 +32,7 @@ class RuntimeSettings:
     threads: int = 0  # of an engine on the CPU; 0: one per core
     gpu: int = 0  # which one, of an engine on a GPU; counted from 0 as CUDA shows them
     cuda_graphs: bool = True  # replay captured denoising steps, on a GPU
+    draft_model: str | None = None  # engine directory of a drafter; None: none
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -42,6 +43,12 @@ class RuntimeSettings:
             if item.name == "prefill_share":
                 if not isinstance(value, float) or not 0 < value < 1:
                     raise ConfigurationError(f"prefill_share must be a number between 0 and 1, got {value!r}")
+                continue
+            if item.name == "draft_model":
+                if not isinstance(value, str) or not value:
+                    raise ConfigurationError(
+                        f"draft_model must be the path of a drafter's engine directory, got {value!r}"
+                    )
                 continue
             if isinstance(item.default, bool):
                 if not isinstance(value, bool):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dgemma_runtime.contract import CommitRow, DenoiseResult, DenoiseRow, EncodeRow, Engine
+from dgemma_runtime.contract import CommitRow, DenoiseResult, DenoiseRow, DraftResult, DraftRow, EncodeRow, Engine
 from dgemma_runtime.service import Service
 
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ END_WITHIN_S = 5  # from a failure to the end of the process: last responses, un
 class RunningCall:
     """An engine call that has not returned."""
 
-    kind: str  # encode, denoise, release
+    kind: str  # encode, denoise, draft, release
     rows: int
     seconds: float
     is_first: bool  # none of this kind has returned before
@@ -38,7 +38,7 @@ class WatchedEngine:
     """The given engine, and what it is doing right now. One thread calls it, any may ask."""
 
     def __init__(self, engine: Engine) -> None:
-        self.manifest, self.limits = engine.manifest, engine.limits
+        self.manifest, self.limits, self.drafter = engine.manifest, engine.limits, engine.drafter
         self._engine = engine
         self._call: tuple[str, int, float] | None = None  # kind, rows, start on the monotonic clock
         self._returned: set[str] = set()
@@ -57,6 +57,10 @@ class WatchedEngine:
     def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
         with self._running("denoise", len(rows) + len(commits)):
             return self._engine.denoise(rows, commits)
+
+    def draft(self, rows: Sequence[DraftRow]) -> DraftResult:
+        with self._running("draft", len(rows)):
+            return self._engine.draft(rows)
 
     def release(self, slot: int) -> None:
         with self._running("release", 1):

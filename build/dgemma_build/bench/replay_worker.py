@@ -16,7 +16,16 @@ import numpy as np
 from dgemma_build.bench.inprocess import open_measured, run_requests
 from dgemma_build.bench.worker import Message, serve
 from dgemma_runtime.codec import Codec
-from dgemma_runtime.contract import CommitRow, DenoiseResult, DenoiseRow, EncodeRow, Engine, Manifest
+from dgemma_runtime.contract import (
+    CommitRow,
+    DenoiseResult,
+    DenoiseRow,
+    DraftResult,
+    DraftRow,
+    EncodeRow,
+    Engine,
+    Manifest,
+)
 from dgemma_runtime.parameters import GenerationParameters, default_parameters
 from dgemma_runtime.requests import GenerationRequest
 from dgemma_runtime.service import Service
@@ -28,7 +37,7 @@ class Recorder:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.manifest, self.limits = engine.manifest, engine.limits
+        self.manifest, self.limits, self.drafter = engine.manifest, engine.limits, engine.drafter
         self.calls: list[Callable[[], object]] = []
         self.batches: list[int] = []  # canvases of each denoising pass
 
@@ -41,6 +50,10 @@ class Recorder:
         if rows:
             self.batches.append(len(rows))
         return self._engine.denoise(rows, commits)
+
+    def draft(self, rows: Sequence[DraftRow]) -> DraftResult:
+        self.calls.append(lambda: self._engine.draft(rows))
+        return self._engine.draft(rows)
 
     def release(self, slot: int) -> None:
         self.calls.append(lambda: self._engine.release(slot))

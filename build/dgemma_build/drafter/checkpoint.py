@@ -1,7 +1,8 @@
-"""A drafter's checkpoint on disk: `config.json` and `model.safetensors`. Knows no graph and no training; needs no torch."""
+"""A drafter's checkpoint, `config.json` and `model.safetensors`. Knows no graph and no training; needs no torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,8 +66,11 @@ class DrafterCheckpoint:
         return self._tensors.keys()
 
     def sha256(self) -> str:
-        """Of config and weights."""
-        return file_sha256(self.directory / CONFIG_FILE)[:32] + file_sha256(self.directory / WEIGHTS_FILE)[:32]
+        """Hash over the names and contents of config and weights."""
+        digest = hashlib.sha256()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            digest.update(f"{name} {file_sha256(self.directory / name)}\n".encode())
+        return digest.hexdigest()
 
     def _read(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, npt.NDArray[np.generic]]:
         path = self.directory / WEIGHTS_FILE
@@ -83,8 +87,8 @@ class DrafterCheckpoint:
         for name, tensor in found.items():
             if tensor.shape != expected[name]:
                 raise CheckpointError(
-                    f"{path}: the shape of {name} is {list(tensor.shape)}, config.json asks for {list(expected[name])}; "
-                    "take both from one drafter"
+                    f"{path}: the shape of {name} is {list(tensor.shape)}, config.json asks for "
+                    f"{list(expected[name])}; take both from one drafter"
                 )
             if not np.isfinite(tensor.astype(np.float32)).all():
                 raise CheckpointError(f"{path}: {name} holds NaN or infinite values; {_AGAIN}")

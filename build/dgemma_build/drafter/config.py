@@ -67,7 +67,11 @@ def parse_config(raw: Mapping[str, Any], path: Path) -> DrafterConfig:
     digest, reads = values["denoiser_sha256"], values["reads"]
     if not isinstance(digest, str) or len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
         raise _wrong(path, "denoiser_sha256", digest, "64 hexadecimal digits")
-    if not isinstance(reads, list | tuple) or not reads or not all(type(index) is int and index >= 0 for index in reads):
+    if (
+        not isinstance(reads, list | tuple)
+        or not reads
+        or not all(type(index) is int and index >= 0 for index in reads)
+    ):
         raise _wrong(path, "reads", reads, "a list of the denoiser's layers, counted from 0")
     return DrafterConfig(**values | {"reads": tuple(reads)})
 
@@ -76,8 +80,8 @@ def check_config(config: DrafterConfig, denoiser: TextConfig, denoiser_sha256: s
     """Raises CheckpointError where a drafter was not made for this denoiser."""
     if config.denoiser_sha256 != denoiser_sha256:
         raise CheckpointError(
-            f"{path}: the drafter belongs to a denoiser with denoiser_sha256 {config.denoiser_sha256[:12]}…, this one is "
-            f"{denoiser_sha256[:12]}…; give --checkpoint the denoiser it was trained with, or train another drafter"
+            f"{path}: denoiser_sha256 is {config.denoiser_sha256[:12]}…, the denoiser's {denoiser_sha256[:12]}…; "
+            "give --checkpoint the denoiser that the drafter was trained for, or train another drafter"
         )
     check_sizes(config, denoiser, path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,11 @@ class ContextEncoder:
         cache = DynamicCache()  # without a config: sliding layers keep every token too
         with torch.inference_mode():
             self._model.model.encoder.language_model(input_ids=ids, past_key_values=cache, use_cache=True)
-        chosen = [cache.layers[index] for index in self._layers]
+        chosen: list[Any] = [cache.layers[index] for index in self._layers]
         return [
-            Features(tuple((_part(layer.keys, row, len(text)), _part(layer.values, row, len(text))) for layer in chosen))
+            Features(
+                tuple((_part(layer.keys, row, len(text)), _part(layer.values, row, len(text))) for layer in chosen)
+            )
             for row, text in enumerate(texts)
         ]
 

@@ -1,10 +1,10 @@
 """The drafter as a torch module, for training and as the reference of its graph. Knows no data and no files.
 
 A canvas position starts as a learned embedding of its offset plus what it is told of the last committed token. Each
-layer attends, in one softmax, to the context's keys and values in one layer of the denoiser and to its own of all canvas
-positions, and then goes through a gated MLP. What comes out is projected to the denoiser's width and multiplied with
-the denoiser's embedding. Queries and keys are normed and rotated as in the denoiser's layer, and sliding layers see the
-last window - 1 tokens of context from every position, as its canvases do.
+layer attends, in one softmax, to the context's keys and values in one layer of the denoiser and to its own of all
+canvas positions, and then goes through a gated MLP. What comes out is projected to the denoiser's width and multiplied
+with the denoiser's embedding. Queries and keys are normed and rotated as in the denoiser's layer, and sliding layers
+see the last window - 1 tokens of context from every position, as its canvases do.
 """
 
 from __future__ import annotations
@@ -70,9 +70,8 @@ class Layer(nn.Module):
         q, k, v = by_head.split((self.heads, self.kv_heads, self.kv_heads), 1)
         q, k, v = _rotate(self.q_norm(q), *rope), _rotate(self.k_norm(k), *rope), _normed(v, self.eps)
         keys, values = (torch.cat((past, own), 2) for past, own in zip(context, (k, v), strict=True))
-        out = F.scaled_dot_product_attention(
-            *(tensor.to(mask.dtype) for tensor in (q, keys, values)), attn_mask=mask, scale=1.0, enable_gqa=True
-        )
+        q, keys, values = q.to(mask.dtype), keys.to(mask.dtype), values.to(mask.dtype)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=1.0, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
 
 

@@ -104,7 +104,7 @@ def targets_of(part: Sequence[Example]) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Drafter, data: Sequence[Example], batch: int = 128) -> dict[str, dict[str, float]]:
-    """By group and over all: share of positions and of whole canvases proposed right, and the mean confidence in them."""
+    """By group and over all: share of positions and of whole canvases proposed right, and the mean confidence."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
     ordered = sorted(data, key=lambda example: example.position)
     for start in range(0, len(ordered), batch):

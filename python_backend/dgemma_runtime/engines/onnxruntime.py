@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,12 +22,16 @@ from dgemma_runtime.contract import (
     CommitRow,
     DenoiseResult,
     DenoiseRow,
+    DraftResult,
+    DraftRow,
     EncodeRow,
     EngineLimits,
     Float32Array,
     Manifest,
     SequencePages,
 )
+from dgemma_runtime.drafter_manifest import DrafterManifest, check_drafter
+from dgemma_runtime.engines.ort_drafter import OrtDrafter
 from dgemma_runtime.engines.ort_pages import PagePools
 from dgemma_runtime.engines.ort_rows import (
     KEPT_SLOTS,
@@ -72,20 +77,22 @@ def _release(version: str) -> tuple[int, ...]:
 class OnnxRuntimeEngine:
     """Engine over `model.onnx` of an engine directory; see `dgemma_runtime.contract.Engine`.
 
-    `threads` is the number of cores that one call uses; 0 leaves the choice to the library.
+    `threads` is the number of cores that one call uses; 0 leaves the choice to the library. `draft_model` is the engine
+    directory of a drafter.
     """
 
-    def __init__(self, directory: Path, limits: EngineLimits, threads: int = 0) -> None:
+    def __init__(
+        self, directory: Path, limits: EngineLimits, threads: int = 0, draft_model: Path | None = None
+    ) -> None:
         self.manifest = Manifest.load(directory)
         check_manifest(directory, self.manifest)
         self.limits = limits
         self.spec = self.manifest.model
-        try:
-            self._session = ort.InferenceSession(
-                str(directory / MODEL_FILE), self._options(threads), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the library raises a dozen types without a common base
-            raise ManifestError(f"{directory / MODEL_FILE}: onnxruntime cannot load it: {error}") from error
+        options = self._options(threads)
+        self._session = _open_session(directory, options)
+        self._drafter = None if draft_model is None else _open_drafter(draft_model, self.manifest, options)
+        self.drafter = self._drafter.manifest if self._drafter else None
+        self._begun: set[int] = set()  # slots that a draft has laid the context out for
         self._pools = PagePools(self.spec, limits)
         self._encoders: list[EncodeRows] = []  # the one used last is the last
         self._workspaces: list[Workspace] = []
@@ -145,8 +152,9 @@ class OnnxRuntimeEngine:
     def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
         with _memory():
             for row in rows:
-                if row.first_step:
+                if row.first_step and row.slot not in self._begun:
                     self._begin(row)
+            self._begun.clear()
             for commit in commits:
                 self._prepare_commit(commit)
             return self._steps(rows, [commit for commit in commits if commit.slot in self._where])
@@ -175,7 +183,21 @@ class OnnxRuntimeEngine:
             self.release(commit.slot)
             self._encode(EncodeRow(commit.token_ids, commit.position, commit.pages))
 
-    def _begin(self, row: DenoiseRow) -> None:
+    def draft(self, rows: Sequence[DraftRow]) -> DraftResult:
+        assert self._drafter is not None, "the engine was opened without a drafter"
+        try:
+            with _memory():
+                for row in rows:
+                    self._begin(row)
+                result = self._drafter.draft(rows, self._where)
+        except BaseException:  # the first step lays them out again
+            for row in rows:
+                self.release(row.slot)
+            raise
+        self._begun = {row.slot for row in rows}
+        return result
+
+    def _begin(self, row: DenoiseRow | DraftRow) -> None:
         """A canvas starts: where its slot's last one was, or in a workspace with more company."""
         need = row.position + self.spec.canvas_length
         present = self._where.get(row.slot)
@@ -202,7 +224,7 @@ class OnnxRuntimeEngine:
         chosen.begin(self._pools, row.slot, row.position, row.pages)
         self._where[row.slot] = chosen
 
-    def _drop_encoder(self, row: DenoiseRow) -> None:
+    def _drop_encoder(self, row: DenoiseRow | DraftRow) -> None:
         """Of a prompt whose canvases begin; a short one is kept until its place is wanted."""
         self._encoders = [
             encoder
@@ -213,6 +235,7 @@ class OnnxRuntimeEngine:
         self._trim_encoders(1)
 
     def release(self, slot: int) -> None:
+        self._begun.discard(slot)
         workspace = self._where.pop(slot, None)
         if workspace is None:
             return
@@ -241,30 +264,14 @@ class OnnxRuntimeEngine:
 
     def _call(self, rows: Rows, count: int, length: int, canvases: int) -> None:
         """One pass over the first `count` rows."""
-        binding = self._bound(rows, count, length, canvases)
-        try:
-            self._session.run_with_iobinding(binding)
-        except MemoryError:
-            raise
-        except Exception as error:  # see __init__
-            if _NO_MEMORY.search(str(error)):
-                raise MemoryError(str(error)) from error
-            raise EngineError(f"onnxruntime failed: {error}") from error
+        _run(self._session, self._bound(rows, count, length, canvases))
 
     def _bound(self, rows: Rows, count: int, length: int, canvases: int) -> ort.IOBinding:
         """Made once for each shape of a call."""
         key = (count, length, canvases)
         if key not in rows.bindings:
-            rows.bindings[key] = self._binding(*rows.bound(count, length, canvases))
+            rows.bindings[key] = _bind(self._session, *rows.bound(count, length, canvases))
         return rows.bindings[key]
-
-    def _binding(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> ort.IOBinding:
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, array in outputs.items():
-            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
-        return binding
 
     def _allocate(self, make: Callable[[], Made]) -> Made:
         """What `make` allocates; what is merely kept for later is given up for it."""
@@ -279,7 +286,43 @@ class OnnxRuntimeEngine:
         self._workspaces.clear()
         self._where.clear()
         self._encoders.clear()
+        self._drafter = None
         del self._pools, self._session
+
+
+def _open_session(directory: Path, options: ort.SessionOptions) -> ort.InferenceSession:
+    path = directory / MODEL_FILE
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library raises a dozen types without a common base
+        raise ManifestError(f"{path}: onnxruntime cannot load it: {error}") from error
+
+
+def _open_drafter(directory: Path, denoiser: Manifest, options: ort.SessionOptions) -> OrtDrafter:
+    manifest = DrafterManifest.load(directory)
+    check_drafter(directory, manifest, denoiser)
+    session = _open_session(directory, options)
+    return OrtDrafter(manifest, partial(_bind, session), partial(_run, session))
+
+
+def _bind(session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> ort.IOBinding:
+    binding = session.io_binding()
+    for name, array in inputs.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+    for name, array in outputs.items():
+        binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+    return binding
+
+
+def _run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
+    try:
+        session.run_with_iobinding(binding)
+    except MemoryError:
+        raise
+    except Exception as error:  # see _open_session
+        if _NO_MEMORY.search(str(error)):
+            raise MemoryError(str(error)) from error
+        raise EngineError(f"onnxruntime failed: {error}") from error
 
 
 @contextmanager

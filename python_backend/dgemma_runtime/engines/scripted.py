@@ -19,6 +19,8 @@ from dgemma_runtime.contract import (
     CommitRow,
     DenoiseResult,
     DenoiseRow,
+    DraftResult,
+    DraftRow,
     EncodeRow,
     EngineLimits,
     Float32Array,
@@ -28,6 +30,7 @@ from dgemma_runtime.contract import (
     ModelSpec,
     SequencePages,
 )
+from dgemma_runtime.drafter_manifest import DrafterManifest
 from dgemma_runtime.errors import EngineError, EngineMemoryError
 
 
@@ -40,14 +43,15 @@ class ScriptedCanvas:
 
 
 Script = Callable[[Int32Array], ScriptedCanvas]  # from the context's token ids [n]
+Drafts = Callable[[Int32Array], tuple[Int32Array, Float32Array]]  # from the same: ids and confidences [canvas_length]
 
 
 @dataclass(frozen=True)
 class EngineCall:
     """One recorded call; the tuples have an entry per row."""
 
-    kind: str  # encode, denoise, commit (beside a denoise), release, close
-    slots: tuple[int, ...] = ()  # of denoise, commit and release
+    kind: str  # encode, denoise, commit (beside a denoise), draft, release, close
+    slots: tuple[int, ...] = ()  # of denoise, commit, draft and release
     positions: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()  # encoded tokens, or the canvas length
 
@@ -72,6 +76,30 @@ def scripted_manifest(
         max_batch_size=0,
         files={},
         generation_defaults={"eos_token_id": 1},
+    )
+
+
+def scripted_drafter_manifest(denoiser: Manifest) -> DrafterManifest:
+    """Of a drafter without files, for an engine with this manifest."""
+    model = denoiser.model
+    return DrafterManifest(
+        denoiser=denoiser.checkpoint,
+        denoiser_sha256=denoiser.checkpoint_sha256,
+        drafter="scripted",
+        drafter_sha256="",
+        vocab_size=model.vocab_size,
+        canvas_length=model.canvas_length,
+        reads=(len(model.layers) - 1,),
+        hidden_size=8,
+        intermediate_size=8,
+        num_attention_heads=1,
+        denoiser_hidden_size=model.hidden_size,
+        backend="scripted",
+        backend_version="1",
+        target="cpu",
+        precision="fp32",
+        onnx_sha256="",
+        files={},
     )
 
 
@@ -103,7 +131,7 @@ class _Slot:
 
 class ScriptedEngine:
     """Follows a script. `fail_on` maps a kind of call to the number of the call that fails, counted from 1. More than
-    `most_canvases` at once find no memory.
+    `most_canvases` at once find no memory. With `drafts` it has a drafter, which proposes what they say.
     """
 
     def __init__(
@@ -114,8 +142,11 @@ class ScriptedEngine:
         fail_on: Mapping[str, int] | None = None,
         delay_s: float = 0.0,
         most_canvases: int | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         self.manifest, self.limits = manifest, limits
+        self.drafter = scripted_drafter_manifest(manifest) if drafts else None
+        self._drafts = drafts
         self.calls: list[EngineCall] = []
         self._script, self._delay_s, self._most_canvases = script, delay_s, most_canvases
         self._fail_on = dict(fail_on or {})
@@ -158,6 +189,22 @@ class ScriptedEngine:
             return DenoiseResult(empty, empty, empty.astype(np.float32))
         argmax, sampled, entropies = (np.stack(arrays) for arrays in zip(*results, strict=True))
         return DenoiseResult(argmax, sampled, entropies)
+
+    def draft(self, rows: Sequence[DraftRow]) -> DraftResult:
+        slots, positions = tuple(row.slot for row in rows), tuple(row.position for row in rows)
+        length = self.manifest.model.canvas_length
+        self._record(EngineCall("draft", slots, positions, (length,) * len(rows)))
+        assert self._drafts is not None, "there is no drafter"
+        assert len(set(slots)) == len(slots) > 0
+        found = []
+        for row in rows:
+            context, before = self._context(row.pages, row.position), self._slots.get(row.slot)
+            assert before is None or before.committed, f"slot {row.slot} has a canvas already"
+            assert context[-1] == row.last_id, "last_id is not the context's last token"
+            found.append(self._drafts(context))
+            assert found[-1][0].shape == found[-1][1].shape == (length,)
+        ids, confidences = (np.stack(arrays) for arrays in zip(*found, strict=True))
+        return DraftResult(ids.astype(np.int32), confidences.astype(np.float32))
 
     def release(self, slot: int) -> None:
         self._record(EngineCall("release", (slot,)))

@@ -22,6 +22,8 @@ from dgemma_runtime.contract import (
     CommitRow,
     DenoiseResult,
     DenoiseRow,
+    DraftResult,
+    DraftRow,
     EncodeRow,
     EngineLimits,
     Float32Array,
@@ -29,6 +31,7 @@ from dgemma_runtime.contract import (
     SequencePages,
     cache_dtypes,
 )
+from dgemma_runtime.drafter_manifest import DrafterManifest
 from dgemma_runtime.engines.bindings import Bindings, read_bindings
 from dgemma_runtime.engines.call_memory import FreshMemory, slots_for, smallest_slots
 from dgemma_runtime.engines.device import Device, OutOfMemory, Program
@@ -80,6 +83,8 @@ class TensorRtEngine:
     unaltered when it is called. `graphs` is whether steps are captured and replayed.
     """
 
+    drafter: DrafterManifest | None = None
+
     def __init__(
         self, directory: Path, limits: EngineLimits, device: Device, load: Loader, graphs: bool = True
     ) -> None:
@@ -122,6 +127,9 @@ class TensorRtEngine:
         for row in rows:
             assert 1 <= len(row.token_ids) <= self.limits.max_encode_tokens
             self._with_room(partial(self._encoder.encode, row))
+
+    def draft(self, rows: Sequence[DraftRow]) -> DraftResult:
+        raise AssertionError("this engine takes no drafter")
 
     def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
         slots = [row.slot for row in rows] + [row.slot for row in commits]
