@@ -10,11 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgemma_runtime.contract import Int32Array
-from dgemma_runtime.drafting.lookup import MAX_MATCH, MIN_MATCH, Match, confidences, longest_match, propose
+from dgemma_runtime.drafting.lookup import (
+    MAX_MATCH,
+    MIN_MATCH,
+    MIN_STRENGTH,
+    Match,
+    confidences,
+    longest_match,
+    propose,
+)
 from dgemma_runtime.drafting.proposal import NOTHING
 
 CANVAS = 16
 END = 99
+LINE = list(range(1, MIN_STRENGTH + 1))
 
 
 def ids(values: object) -> Int32Array:
@@ -48,7 +57,7 @@ def test_the_longest_and_latest_match_in_another_text(corpus: list[int], text: l
 @given(texts)
 def test_what_is_proposed_followed_the_match(text: list[int]) -> None:
     proposal, match = propose(ids(text), 0, CANVAS), by_hand(text, text, MAX_MATCH)
-    if match is None or match.length < MIN_MATCH:
+    if match is None or match.length < MIN_STRENGTH:
         assert proposal is None
         return
     assert proposal is not None
@@ -59,31 +68,31 @@ def test_what_is_proposed_followed_the_match(text: list[int]) -> None:
     assert proposal.source == "lookup"
 
 
-@pytest.mark.parametrize("text", [[], [5], [5, 5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 1, 2, 3]])
+@pytest.mark.parametrize("text", [[], [5], [5, 5], LINE, [*LINE[1:], 50, *LINE[1:]]])
 def test_too_little_is_repeated(text: list[int]) -> None:
     assert propose(ids(text), 0, CANVAS) is None
 
 
 def test_what_followed_the_end_of_the_text_before() -> None:
-    proposal = propose(ids([1, 2, 3, 4, 50, 51, 52, 1, 2, 3, 4]), 0, 5)
+    proposal = propose(ids([*LINE, 50, 51, 52, *LINE]), 0, 5)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50, 51, 52, 1, 2]
 
 
 def test_the_latest_of_equal_matches() -> None:
-    proposal = propose(ids([1, 2, 3, 4, 50, 1, 2, 3, 4, 60, 1, 2, 3, 4]), 0, 1)
+    proposal = propose(ids([*LINE, 50, *LINE, 60, *LINE]), 0, 1)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [60]
 
 
 def test_the_longest_match_before_the_latest() -> None:
-    proposal = propose(ids([9, 1, 2, 3, 4, 50, 1, 2, 3, 4, 60, 9, 1, 2, 3, 4]), 0, 1)
+    proposal = propose(ids([9, *LINE, 50, *LINE, 60, 9, *LINE]), 0, 1)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50]
 
 
 def test_a_period_goes_on() -> None:
-    proposal = propose(ids([8, 9, *[1, 2, 3] * 4]), 0, 8)
+    proposal = propose(ids([8, 9, *[1, 2, 3] * 5]), 0, 8)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
 
@@ -122,21 +131,21 @@ def test_a_match_counts_up_to_the_limit() -> None:
 
 
 def test_nothing_is_proposed_behind_an_end_token() -> None:
-    proposal = propose(ids([1, 2, 3, 4, 50, END, 51, 1, 2, 3, 4]), 0, CANVAS, end_ids=(98, END))
+    proposal = propose(ids([*LINE, 50, END, 51, *LINE]), 0, CANVAS, end_ids=(98, END))
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50, END] + [NOTHING] * (CANVAS - 2)
     assert (proposal.confidences > 0).tolist() == [True, True] + [False] * (CANVAS - 2)
 
 
 def test_the_clients_draft_wins_ties() -> None:
-    text, draft = ids([1, 2, 3, 4, 50, 1, 2, 3, 4]), ids([1, 2, 3, 4, 60, 61])
+    text, draft = ids([*LINE, 50, *LINE]), ids([*LINE, 60, 61])
     proposal = propose(text, 0, 4, draft=draft)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [60, 61, NOTHING, NOTHING]
 
 
 def test_a_longer_match_in_the_text_wins_over_the_clients_draft() -> None:
-    text, draft = ids([7, 1, 2, 3, 4, 50, 7, 1, 2, 3, 4]), ids([1, 2, 3, 4, 60, 61])
+    text, draft = ids([7, *LINE, 50, 7, *LINE]), ids([*LINE, 60, 61])
     proposal = propose(text, 0, 1, draft=draft)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50]
@@ -153,7 +162,7 @@ def test_a_draft_that_has_nothing_to_do_with_the_text() -> None:
     assert propose(ids([20, 21, 22, 23, 24]), 0, 2, draft=ids([])) is None
 
 
-@given(st.integers(MIN_MATCH, MAX_MATCH - 1), st.integers(2, 256))
+@given(st.integers(MIN_MATCH, 500), st.integers(2, 256))
 def test_confidence_rises_with_the_match_and_falls_with_distance(length: int, count: int) -> None:
     values = confidences(length, count)
     assert ((values > 0) & (values < 1)).all()
@@ -162,6 +171,6 @@ def test_confidence_rises_with_the_match_and_falls_with_distance(length: int, co
 
 
 def test_confidences_are_laid_along_the_proposal() -> None:
-    proposal = propose(ids([1, 2, 3, 4, 50, 51, 52, 1, 2, 3, 4]), 0, CANVAS)
+    proposal = propose(ids([*LINE, 50, 51, 52, *LINE]), 0, CANVAS)
     assert proposal is not None
-    assert proposal.confidences.tolist() == confidences(4, CANVAS).tolist()
+    assert proposal.confidences.tolist() == confidences(MIN_STRENGTH, CANVAS).tolist()

@@ -17,7 +17,8 @@ from dgemma_runtime.contract import Float32Array, Int32Array
 from dgemma_runtime.drafting.edits import Copy, carry_on, look_ahead, look_back
 from dgemma_runtime.drafting.proposal import Proposal, lay_out
 
-MIN_MATCH = 4  # tokens; what follows shorter matches is right in one position of ten
+MIN_MATCH = 4  # tokens, to look at a place at all
+MIN_STRENGTH = 12  # tokens, of all but a client's draft; what follows less is wrong too often, and that costs steps
 MAX_MATCH = 64  # tokens; longer matches count as long as this
 _CUTS = (0, 8)  # tokens left off the text's end: behind a fresh edit nothing matches
 _SPARSE = 16  # once fewer than one position in so many is left, positions are listed instead of marked
@@ -77,17 +78,20 @@ def propose(
     end_ids: Sequence[int] = (),
     draft: Int32Array | None = None,
 ) -> Proposal | None:
-    """A canvas for the end of `text` [n], prompt and output so far; None where too little of its end occurred before.
+    """A canvas for the end of `text` [n], prompt and output so far; None where too little of its end was there before.
 
     The strongest of: the output goes on copying the client's `draft`, which wins ties; it goes on copying the prompt;
     it repeats itself, again and again where the match reaches its end. Nothing is proposed behind an end token.
+
+    Chats repeat the marker in front of every answer; alone it is too short to bring back the answer before.
     """
     found: list[tuple[int, Iterator[int]]] = []
-    for source in (draft, text[:prompt_length]):
-        if source is not None and (copy := _followed(source, text, len(text) - prompt_length)) is not None:
+    for source, least in ((draft, MIN_MATCH), (text[:prompt_length], MIN_STRENGTH)):
+        copy = None if source is None else _followed(source, text, len(text) - prompt_length)
+        if source is not None and copy is not None and copy.strength >= least:
             found.append((copy.strength, carry_on(source, copy, canvas_length)))
     match = longest_match(text, text)
-    if match is not None and match.length >= MIN_MATCH:
+    if match is not None and match.length >= MIN_STRENGTH:
         found.append((match.length, iter(np.resize(text[match.end :], canvas_length).tolist())))
     if not found:
         return None
