@@ -10,6 +10,7 @@ import atexit
 import logging
 import queue
 import sys
+from dataclasses import asdict
 from logging.handlers import QueueHandler, QueueListener
 from typing import TextIO
 
@@ -118,5 +119,5 @@ def _write_end(level: int, request_id: str, event: Finished) -> None:
         figures.total_ms,
         figures.queue_ms,
         f"; {event.error}" if event.error else "",
-        extra={"reason": event.reason, **vars(figures)},
+        extra={"reason": event.reason, **asdict(figures)},
     )

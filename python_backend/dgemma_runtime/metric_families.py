@@ -42,6 +42,7 @@ REASONS = ("stop", "length", "cancelled", "deadline", "error")
 ERROR_KINDS = ("InvalidRequest", "Overloaded", "EngineError", "InternalError")
 PAGE_KINDS = ("full", "sliding")
 WORK = ("encode", "denoise")
+DRAFTERS = ("client", "lookup", "model")
 
 FAMILIES: tuple[Family, ...] = (
     # requests
@@ -94,6 +95,41 @@ FAMILIES: tuple[Family, ...] = (
         bounds=_POWERS,
     ),
     Family("dgemma_batch_size", "histogram", "canvases", "Canvases in one denoising pass", bounds=_POWERS),
+    # drafts
+    Family("dgemma_draft_canvases_total", "counter", "canvases", "Canvases from drafts", "drafter", DRAFTERS),
+    Family("dgemma_draft_tokens_total", "counter", "tokens", "Tokens drafted and emitted", "drafter", DRAFTERS),
+    Family(
+        "dgemma_draft_accepted_tokens_total",
+        "counter",
+        "tokens",
+        "Tokens of dgemma_draft_tokens_total that were committed as drafted",
+        "drafter",
+        DRAFTERS,
+    ),
+    Family(
+        "dgemma_draft_steps_saved_total",
+        "counter",
+        "steps",
+        "Denoising steps by which drafted canvases fell short of the mean of those without a draft",
+        "drafter",
+        DRAFTERS,
+    ),
+    Family(
+        "dgemma_draft_steps_lost_total",
+        "counter",
+        "steps",
+        "Denoising steps by which drafted canvases exceeded that mean",
+        "drafter",
+        DRAFTERS,
+    ),
+    Family(
+        "dgemma_drafter_failures_total",
+        "counter",
+        "failures",
+        "Drafters that failed and are switched off",
+        "drafter",
+        DRAFTERS,
+    ),
     # tokens
     Family("dgemma_prompt_tokens_total", "counter", "tokens", "Prompt tokens of accepted requests"),
     Family("dgemma_prefill_tokens_total", "counter", "tokens", "Known tokens encoded outside of commits"),

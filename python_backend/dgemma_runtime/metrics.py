@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 from dgemma_runtime.contract import EngineLimits
+from dgemma_runtime.drafting.proposal import DraftOutcome
 from dgemma_runtime.events import Finished
 from dgemma_runtime.metric_families import ERROR_KINDS, FAMILIES
 from dgemma_runtime.observer import Observer
@@ -112,6 +113,19 @@ class Metrics(Observer):
                 histograms["dgemma_time_between_canvases_seconds"].observe((ended - line.last_commit) * _NS)
             else:
                 histograms["dgemma_time_to_first_canvas_seconds"].observe((ended - line.submitted) * _NS)
+
+    def drafted(self, request: LiveRequest, outcome: DraftOutcome, steps_saved: float) -> None:
+        drafter = outcome.source
+        with self._lock:
+            self._counts["dgemma_draft_canvases_total", drafter] += 1
+            self._counts["dgemma_draft_tokens_total", drafter] += outcome.drafted
+            self._counts["dgemma_draft_accepted_tokens_total", drafter] += outcome.accepted
+            self._counts["dgemma_draft_steps_saved_total", drafter] += max(steps_saved, 0)
+            self._counts["dgemma_draft_steps_lost_total", drafter] += max(-steps_saved, 0)
+
+    def drafter_failed(self, drafter: str) -> None:
+        with self._lock:
+            self._counts["dgemma_drafter_failures_total", drafter] += 1
 
     def finished(self, request: LiveRequest, event: Finished) -> None:
         statistics, histograms = event.statistics, self._histograms

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dgemma_runtime.events import Finished
 
 if TYPE_CHECKING:
+    from dgemma_runtime.drafting.proposal import DraftOutcome
     from dgemma_runtime.requests import LiveRequest
 
 
@@ -39,6 +40,12 @@ class Observer:
 
         `request.timeline` still says when the one before was.
         """
+
+    def drafted(self, request: LiveRequest, outcome: DraftOutcome, steps_saved: float) -> None:
+        """The canvas emitted just now had started from a draft; `steps_saved` as in `DraftStatistics`."""
+
+    def drafter_failed(self, drafter: str) -> None:
+        """It is switched off for good."""
 
     def encoded(self, request: LiveRequest, started: int, ended: int) -> None:
         """A committed canvas was encoded into the cache."""

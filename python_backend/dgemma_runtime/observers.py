@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from dgemma_runtime.drafting.proposal import DraftOutcome
 from dgemma_runtime.events import Finished
 from dgemma_runtime.observer import Observer
 from dgemma_runtime.requests import LiveRequest
@@ -39,6 +40,12 @@ class Observers(Observer):
 
     def committed(self, request: LiveRequest, steps: int, tokens: int, started: int, ended: int) -> None:
         self._call("committed", request, steps, tokens, started, ended)
+
+    def drafted(self, request: LiveRequest, outcome: DraftOutcome, steps_saved: float) -> None:
+        self._call("drafted", request, outcome, steps_saved)
+
+    def drafter_failed(self, drafter: str) -> None:
+        self._call("drafter_failed", drafter)
 
     def encoded(self, request: LiveRequest, started: int, ended: int) -> None:
         self._call("encoded", request, started, ended)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dgemma_runtime.canvas import Canvas
-from dgemma_runtime.contract import Int32Array
+from dgemma_runtime.contract import Int32Array, SequencePages
 from dgemma_runtime.detokenizer import OutputText
+from dgemma_runtime.drafting.hole import HoleCanvas
 from dgemma_runtime.drafting.request_drafts import RequestDrafts
 from dgemma_runtime.events import Sink
 from dgemma_runtime.noise import CanvasNoise
@@ -28,7 +29,8 @@ class GenerationRequest:
     request_id: str = ""  # "": the service makes one
     source: str = ""  # the input that the prompt came as; "": as its type says
     draft: str | Int32Array | None = None  # of the output, by the client: text, or token ids [n]
-    template: tuple[str | int, ...] = ()  # of the output: literal text, and holes of so many tokens
+    template: tuple[str | int, ...] = ()  # of the output: literal text, and holes of so many tokens; (): none
+    suffix: str | None = None  # what comes behind the output
 
     @property
     def prompt_field(self) -> str:
@@ -36,6 +38,11 @@ class GenerationRequest:
         if self.source:
             return self.source
         return "text_input" if isinstance(self.prompt, str) else "input_ids"
+
+    @property
+    def draft_field(self) -> str:
+        """The input that errors about the draft name."""
+        return "draft_text" if isinstance(self.draft, str) else "draft_ids"
 
 
 @dataclass
@@ -95,6 +102,12 @@ class LiveRequest:
         return self.tokens[self.cached_tokens :]
 
     @property
+    def page_view(self) -> SequencePages:
+        """Of a request that is admitted."""
+        assert self.pages is not None
+        return self.pages.view
+
+    @property
     def is_exact(self) -> bool:
         """Asked for with a seed: it uses of the cache only what has the bits that it would compute itself."""
         return self.parameters.seed is not None
@@ -108,8 +121,11 @@ class LiveRequest:
     def start_canvas(self, canvas_length: int, vocab_size: int) -> Canvas:
         """The next canvas, from fresh noise and what was drafted and pinned of it."""
         noise = CanvasNoise(self.seed, self.canvas_index, canvas_length, vocab_size)
-        pins = self.drafts.pins(self.canvas_index, canvas_length)
-        self.canvas = Canvas(self.parameters, noise, self.drafts.proposal, pins)
+        if self.drafts.hole is not None:
+            self.canvas = HoleCanvas(self.parameters, noise, self.drafts.hole)
+        else:
+            pins = self.drafts.pins(self.canvas_index, canvas_length)
+            self.canvas = Canvas(self.parameters, noise, self.drafts.proposal, pins)
         return self.canvas
 
     def end_canvas(self, argmax_ids: Int32Array) -> None:
@@ -160,6 +176,9 @@ class LiveRequest:
             time_to_first_canvas_ms=_ms(line.first_commit - line.submitted) if line.first_commit else None,
             total_ms=_ms(now - line.submitted),
             engine_ms=_ms(engine_ns - line.engine_at_submission),
+            drafts=tuple(self.drafts.statistics.values()),
+            hole_tokens=None if self.drafts.hole is None else self.drafts.hole.tokens,
+            suffix_tokens=None if self.drafts.hole is None else len(self.drafts.hole.suffix_ids),
         )
 
 

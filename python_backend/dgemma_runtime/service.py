@@ -53,9 +53,9 @@ class Service:
         self.failure: str | None = None
         self._engine, self._model = engine, engine.manifest.model
         self._scheduler = Scheduler(self._model, engine.limits, settings)
-        self._drafting = Drafting(self._model.canvas_length)
-        self.intake = Intake(codec, self._model.vocab_size, self.max_model_len, self._scheduler.make_keys)
+        self.intake = Intake(codec, self._model, self.max_model_len, self._scheduler.make_keys)
         self._observer = observer or Observer()
+        self._drafting = Drafting(self._model.canvas_length, self._observer)
         self._changed = threading.Condition()  # guards the scheduler, `finished` of requests, and these two
         self._draining = self._aborting = False
         self._thread: threading.Thread | None = None
@@ -254,8 +254,7 @@ class Service:
         rows = []
         for chunk in plan.encode:
             request = chunk.request
-            assert request.pages is not None
-            rows.append(EncodeRow(request.uncached[: chunk.tokens], request.cached_tokens, request.pages.view))
+            rows.append(EncodeRow(request.uncached[: chunk.tokens], request.cached_tokens, request.page_view))
         started = time.monotonic_ns()
         with self._engine_time.running():
             self._engine.encode(rows)
@@ -275,17 +274,12 @@ class Service:
         if not plan.denoise and not plan.commit:
             return None, 0
         self._start_canvases([request for request in plan.denoise if request.canvas is None])
-        commits = []
-        for request in plan.commit:
-            assert request.pages is not None
-            commits.append(CommitRow(request.slot, request.uncached, request.cached_tokens, request.pages.view))
+        commits = [CommitRow(r.slot, r.uncached, r.cached_tokens, r.page_view) for r in plan.commit]
         for request in plan.denoise:
             request.laid_out = True
         started = time.monotonic_ns()
         with self._engine_time.running():
-            result = denoise_step(
-                self._engine, plan.denoise, commits, self._scheduler.lend_slot, self._scheduler.give_back
-            )
+            result = denoise_step(self._engine, plan.denoise, commits, self._scheduler)
         ended = time.monotonic_ns()
         canvases = len(plan.denoise)
         self._canvas_steps += canvases
@@ -348,6 +342,7 @@ class Service:
         commit = Commit(emitted.text, emitted.token_ids, request.canvas_index, canvas.step)
         self._observer.committed(request, canvas.step, len(emitted.token_ids), line.canvas_started, now)
         line.first_commit, line.last_commit = line.first_commit or now, now
+        self._drafting.ended(request, canvas, len(emitted.token_ids))
         request.end_canvas(canvas.argmax_ids)
         if not self._send(request, commit):
             return

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from dgemma_runtime.drafting.proposal import DraftOutcome
+
 
 class Stopwatch:
     """Adds up the time of one kind of work. One thread runs it, any may read, also while it is running."""
@@ -30,6 +32,39 @@ class Stopwatch:
         return total + (time.perf_counter_ns() - started if started else 0)
 
 
+@dataclass
+class Mean:
+    """Of all that was added; 0 before the first."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, number: float) -> None:
+        self.count += 1
+        self.value += (number - self.value) / self.count
+
+
+@dataclass(frozen=True)
+class DraftStatistics:
+    """Of one drafter in one request."""
+
+    drafter: str
+    canvases: int = 0  # that started from its drafts
+    drafted_tokens: int = 0  # that the denoiser was shown, of those emitted
+    accepted_tokens: int = 0  # of these, as they were committed
+    steps_saved: float = 0.0  # against the mean of all canvases without a draft so far; below 0 where more were taken
+
+    def with_canvas(self, outcome: DraftOutcome, steps_saved: float) -> DraftStatistics:
+        """And one canvas more."""
+        return DraftStatistics(
+            self.drafter,
+            self.canvases + 1,
+            self.drafted_tokens + outcome.drafted,
+            self.accepted_tokens + outcome.accepted,
+            self.steps_saved + steps_saved,
+        )
+
+
 @dataclass(frozen=True)
 class RequestStatistics:
     """Of one request, at its end."""
@@ -46,6 +81,9 @@ class RequestStatistics:
     time_to_first_canvas_ms: float | None  # submitted -> first commit; None where there was none
     total_ms: float  # submitted -> end
     engine_ms: float  # of total_ms, spent inside engine calls, whichever rows they served
+    drafts: tuple[DraftStatistics, ...] = ()  # by drafter, of those that drafted something
+    hole_tokens: int | None = None  # with a suffix: the hole's length, as it was chosen
+    suffix_tokens: int | None = None  # with a suffix: how many of its tokens the canvas had, from its beginning
 
 
 def unqueued(num_input_tokens: int, nanoseconds: int) -> RequestStatistics:

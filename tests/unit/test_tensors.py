@@ -16,7 +16,7 @@ from tritonclient.grpc import model_config_pb2
 from dgemma_runtime.errors import InvalidRequest
 from dgemma_runtime.events import Commit, Finished, Prefill, Preview
 from dgemma_runtime.parameters import SUPPORTED, UNSUPPORTED, default_parameters
-from dgemma_runtime.statistics import RequestStatistics
+from dgemma_runtime.statistics import DraftStatistics, RequestStatistics
 from dgemma_runtime.tensors import (
     INPUTS,
     NUMPY_TYPES,
@@ -69,7 +69,7 @@ def test_config_and_table_agree() -> None:
 
 
 def test_every_parameter_tensor_is_known_to_the_parameters() -> None:
-    names = {spec.name for spec in INPUTS if spec.group not in ("prompt", "vllm")}
+    names = {spec.name for spec in INPUTS if spec.group not in ("prompt", "draft", "vllm")}
     known = {*SUPPORTED, *UNSUPPORTED, *OutputOptions.__dataclass_fields__}
     assert names <= known
     assert set(SUPPORTED) - {"stop"} <= names  # `stop` is the JSON name of `stop_words`
@@ -294,7 +294,8 @@ def test_what_triton_sets_for_itself_is_let_through() -> None:
 
 # ---------------------------------------------------------------- outputs
 
-STATISTICS = RequestStatistics(**{figure.name: number for number, figure in enumerate(fields(RequestStatistics))})
+_FIGURES: dict[str, Any] = {figure.name: number for number, figure in enumerate(fields(RequestStatistics))}
+STATISTICS = RequestStatistics(**_FIGURES | {"drafts": (DraftStatistics("lookup", 1, 9, 8, 0.5),)})
 FINISHED = Finished("stop", "abc", np.array([1, 2, 3], np.int32), STATISTICS, stop_reason="zzz")
 
 
@@ -312,7 +313,9 @@ def test_every_output_has_the_type_and_shape_of_the_table() -> None:
         assert spec.many or events[spec.name].shape == (1,)
     assert events["text_output"][0] == "before é".encode()
     assert events["output_ids"].tolist() == [8, 9, 4]
-    assert json.loads(events["statistics"][0]) == {**asdict(STATISTICS), "stop_reason": "zzz"}
+    told = json.loads(json.dumps({**asdict(STATISTICS), "stop_reason": "zzz"}))
+    assert json.loads(events["statistics"][0]) == told
+    assert told["drafts"][0]["accepted_tokens"] == 8
     assert (events["prefilled_tokens"].tolist(), events["num_input_tokens"].tolist()) == ([512], [4096])
 
 

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dgemma_runtime.contract import Int32Array
+from dgemma_runtime.drafting.adaptive import DraftPolicy
+from dgemma_runtime.drafting.hole import Hole
 from dgemma_runtime.drafting.proposal import DraftOutcome, Pins, Proposal, lay_out
+from dgemma_runtime.statistics import DraftStatistics
 
 
 @dataclass(eq=False)
@@ -19,9 +22,18 @@ class RequestDrafts:
 
     given: Int32Array | None = None  # [n], the client's draft of the whole output
     literals: Pins | None = None  # [n] of the whole output; behind it nothing is pinned
+    hole: Hole | None = None  # between prompt and suffix; then the output is one canvas
     proposal: Proposal | None = None  # for the present canvas
     canvas_index: int = -1  # whose proposal that is; a canvas that starts again starts from the same
-    outcomes: list[DraftOutcome] = field(default_factory=list)
+    policy: DraftPolicy = field(default_factory=DraftPolicy)
+    statistics: dict[str, DraftStatistics] = field(default_factory=dict)  # by drafter
+
+    def ended(self, steps: int, outcome: DraftOutcome | None, steps_saved: float) -> None:
+        """A canvas took `steps`; `outcome` is None where it had no draft."""
+        self.policy.observe(steps, outcome)
+        if outcome is not None:
+            known = self.statistics.get(outcome.source, DraftStatistics(outcome.source))
+            self.statistics[outcome.source] = known.with_canvas(outcome, steps_saved)
 
     def of_client(self, canvas_index: int, canvas_length: int) -> Proposal | None:
         """The client's draft of this canvas; None where there is none, or it ends before."""

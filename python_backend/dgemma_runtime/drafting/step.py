@@ -6,8 +6,8 @@ runs in its own slot in a call before. What the canvas keeps, its soft embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
@@ -17,14 +17,20 @@ from dgemma_runtime.errors import EngineMemoryError
 from dgemma_runtime.requests import LiveRequest
 
 
+class Slots(Protocol):
+    """Of the scheduler: slots that no request has."""
+
+    def lend_slot(self) -> int | None:
+        """None where there is none to spare."""
+        ...
+
+    def give_back(self, slot: int) -> None: ...
+
+
 def denoise_step(
-    engine: Engine,
-    requests: Sequence[LiveRequest],
-    commits: Sequence[CommitRow],
-    lend: Callable[[], int | None],
-    give_back: Callable[[int], None],
+    engine: Engine, requests: Sequence[LiveRequest], commits: Sequence[CommitRow], slots: Slots | None
 ) -> DenoiseResult:
-    """A row of results per request, whose canvases have started. `lend` gives a free slot, None where there is none.
+    """A row of results per request, whose canvases have started; without `slots` none are lent.
 
     Raises EngineError, as engines do.
     """
@@ -33,17 +39,17 @@ def denoise_step(
     if not twice:
         return engine.denoise(rows, commits)
     lent: list[int] = []
-    beside, before = _second_rows(requests, twice, lend, lent)
+    beside, before = _second_rows(requests, twice, slots, lent)
     try:
         earlier = engine.denoise(list(before.values())) if before else None
         result = engine.denoise([*rows, *beside.values()], commits)
     except EngineMemoryError:
         if not lent:
             raise
-        _release(engine, lent, give_back)
-        return denoise_step(engine, requests, commits, _nobody, give_back)
+        _release(engine, lent, slots)
+        return denoise_step(engine, requests, commits, None)
     finally:
-        _release(engine, lent, give_back)
+        _release(engine, lent, slots)
     second = {index: (result, len(rows) + place) for place, index in enumerate(beside)}
     if earlier is not None:
         second |= {index: (earlier, place) for place, index in enumerate(before)}
@@ -58,25 +64,21 @@ def _arrays(result: DenoiseResult) -> tuple[npt.NDArray[Any], ...]:
     return result.argmax_ids, result.sampled_ids, result.entropies
 
 
-def _nobody() -> None:
-    return None
-
-
-def _release(engine: Engine, lent: list[int], give_back: Callable[[int], None]) -> None:
-    while lent:
+def _release(engine: Engine, lent: list[int], slots: Slots | None) -> None:
+    while lent and slots is not None:
         engine.release(slot := lent.pop())
-        give_back(slot)
+        slots.give_back(slot)
 
 
 def _second_rows(
-    requests: Sequence[LiveRequest], twice: Sequence[int], lend: Callable[[], int | None], lent: list[int]
+    requests: Sequence[LiveRequest], twice: Sequence[int], slots: Slots | None, lent: list[int]
 ) -> tuple[dict[int, DenoiseRow], dict[int, DenoiseRow]]:
     """By the request's index: what runs beside the first rows in a lent slot, and what runs before them."""
     beside: dict[int, DenoiseRow] = {}
     before: dict[int, DenoiseRow] = {}
     for index in twice:
         request = requests[index]
-        slot = lend()
+        slot = None if slots is None else slots.lend_slot()
         rows, place = (before, request.slot) if slot is None else (beside, slot)
         if slot is not None:
             lent.append(slot)
@@ -90,5 +92,4 @@ def _canvas(request: LiveRequest) -> Canvas:
 
 
 def _place(request: LiveRequest) -> tuple[int, int, SequencePages]:
-    assert request.pages is not None
-    return request.slot, request.cached_tokens, request.pages.view
+    return request.slot, request.cached_tokens, request.page_view
