@@ -88,6 +88,7 @@ def request_of(case: Case, defaults: GenerationParameters, canvas_length: int) -
         end_ids=defaults.end_ids if case.ends else (),
         stability_threshold=defaults.stability_threshold if case.adaptive else None,
         max_denoising_steps=case.max_denoising_steps or defaults.max_denoising_steps,
+        drafter="off",  # the reference has none
     )
     return GenerationRequest(np.array(case.prompt, np.int32), parameters)
 
