@@ -74,7 +74,9 @@ class Application:
         parsed = parse_request(tensors, request_parameters, self.service.defaults, timeout_us)
         given = parsed.prompt
         prompt, source = (self._render(given), "messages") if isinstance(given, Chat) else (given, "")
-        request = GenerationRequest(prompt, parsed.parameters, request_id, source)
+        request = GenerationRequest(
+            prompt, parsed.parameters, request_id, source, parsed.draft, parsed.template, parsed.suffix
+        )
         if parsed.options.exclude_input_in_output:
             return PreparedRequest(request, parsed.options, "", np.empty(0, np.int32))
         ids = self.service.intake.prompt_ids(request)

@@ -61,6 +61,10 @@ class Codec:
         """
         if self.bos_token is not None and not text.startswith(self.bos_token):
             text = self.bos_token + text
+        return self.encode_part(text, field)
+
+    def encode_part(self, text: str, field: str) -> Int32Array:
+        """As `encode`, of text that stands inside of another: no start token is put in front."""
         try:
             text.encode()
         except UnicodeEncodeError as error:

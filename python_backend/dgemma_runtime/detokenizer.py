@@ -33,7 +33,8 @@ class OutputText:
     That token is still part of the token ids. The text leaves out special tokens (padding and its like even where they
     are not to be skipped), the end token, the stop string and what follows it, and bytes of a character that the end
     cut short. Of several stop strings the one completed first counts, among those the one that begins first. Bytes that
-    are no character become U+FFFD.
+    are no character become U+FFFD. `full` is the reason of an end by the last of `max_tokens`; no character goes on
+    across one of the `breaks`, places in the output.
     """
 
     def __init__(
@@ -43,9 +44,13 @@ class OutputText:
         end_ids: tuple[int, ...] = (),
         stop: tuple[str, ...] = (),
         skip_special_tokens: bool = True,
+        *,
+        full: Literal["stop", "length"] = "length",
+        breaks: frozenset[int] = frozenset(),
     ) -> None:
         self._codec = codec
-        self._remaining = max_tokens
+        self._remaining = self._max_tokens = max_tokens
+        self._full, self._breaks = full, breaks
         self._skipped = codec.special_ids if skip_special_tokens else codec.silent_ids
         self.stop_reason: StopReason = None
         # A stop string that is a special token may never show up in the text; it stops as the token it is.
@@ -88,7 +93,7 @@ class OutputText:
         stop_reason: StopReason = None
         ids = canvas_ids
         if len(ids) >= self._remaining:
-            ids, reason = ids[: self._remaining], "length"
+            ids, reason = ids[: self._remaining], self._full
         visible = len(ids)
         is_end = np.isin(ids, self._end_ids)
         if is_end.any():
@@ -111,11 +116,13 @@ class OutputText:
         parts: list[str] = []
         offsets: list[int] = []
         length = 0
-        for id_ in ids.tolist():
+        for place, id_ in enumerate(ids.tolist(), self._max_tokens - self._remaining):
+            cut = utf8.decode(b"", True) if place in self._breaks else ""
             if (byte := codec.bytes.get(id_)) is not None:
                 part = utf8.decode(byte)
             else:
                 part = utf8.decode(b"", True) + ("" if id_ in self._skipped else codec.piece(id_))
+            part = cut + part
             parts.append(part)
             length += len(part)
             offsets.append(length)

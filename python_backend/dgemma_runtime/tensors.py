@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dgemma_runtime.drafting.template import Template, parse_template
 from dgemma_runtime.errors import InvalidRequest
 from dgemma_runtime.events import Commit, Finished, Prefill, Preview
 from dgemma_runtime.parameters import RANGES, UNSUPPORTED, GenerationParameters, parse_parameters
@@ -67,6 +68,10 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("drafter", "BYTES", "diffusion"),
     TensorSpec("draft_confidence", "FP32", "diffusion"),
     TensorSpec("draft_verification", "BYTES", "diffusion"),
+    TensorSpec("draft_text", "BYTES", "draft"),  # of the whole output
+    TensorSpec("draft_ids", "INT32", "draft", many=True),
+    TensorSpec("template", "BYTES", "draft"),  # JSON list: literal texts, and holes as numbers of tokens
+    TensorSpec("suffix", "BYTES", "draft"),  # what comes behind the output
     TensorSpec("priority", "INT32", "scheduling"),
     TensorSpec("deadline_ms", "INT32", "scheduling"),
     TensorSpec("cache_salt", "BYTES", "scheduling"),
@@ -99,6 +104,7 @@ OUTPUTS: tuple[TensorSpec, ...] = (
 _INPUT_SPECS = {spec.name: spec for spec in INPUTS}
 _OUTPUT_SPECS = {spec.name: spec for spec in OUTPUTS}
 _PROMPTS = tuple(spec.name for spec in INPUTS if spec.group == "prompt")
+_DRAFTS = tuple(spec.name for spec in INPUTS if spec.group == "draft")
 _THINKING = "enable_thinking"  # may also be among the chat_template_kwargs, where vLLM's clients have it
 _CHAT_KEYS = (
     *("messages", "tools", _THINKING, "add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
@@ -136,6 +142,9 @@ class ParsedRequest:
     prompt: str | npt.NDArray[np.int32] | Chat
     parameters: GenerationParameters
     options: OutputOptions
+    draft: str | npt.NDArray[np.int32] | None = None  # text, or token ids [n] int32
+    template: Template = ()  # (): none
+    suffix: str | None = None
 
 
 def parse_request(
@@ -153,6 +162,7 @@ def parse_request(
             raise InvalidRequest(name, f"is not an input of this model; known are {', '.join(_INPUT_SPECS)}")
         given[name] = _value(_INPUT_SPECS[name], array)
     prompt = _prompt({name: given.pop(name) for name in _PROMPTS if name in given})
+    drafts = _drafts({name: given.pop(name) for name in _DRAFTS if name in given})
     if (text := given.pop("sampling_parameters", "")) != "":
         _merge(given, "sampling_parameters", text)
     if request_parameters:
@@ -161,7 +171,7 @@ def parse_request(
     if timeout_us:
         deadline_ms = min(-(-timeout_us // 1000), int(RANGES["deadline_ms"].high))
         defaults = replace(defaults, deadline_ms=deadline_ms)
-    return ParsedRequest(prompt, parse_parameters(given, defaults), options)
+    return ParsedRequest(prompt, parse_parameters(given, defaults), options, **drafts)
 
 
 # ---------------------------------------------------------------- single tensors
@@ -207,6 +217,17 @@ def _prompt(given: Mapping[str, Any]) -> str | npt.NDArray[np.int32] | Chat:
         return _chat(value)
     prompt: str | npt.NDArray[np.int32] = value
     return prompt
+
+
+def _drafts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the ParsedRequest. A draft is of the whole output, so it says nothing of holes, whose place it cannot know."""
+    if len(given) > 1:
+        first, second, *_ = given
+        raise InvalidRequest(second, f"cannot be together with {first}; give at most one of {', '.join(_DRAFTS)}")
+    fields = {"draft_text": "draft", "draft_ids": "draft"}
+    return {
+        fields.get(name, name): parse_template(value) if name == "template" else value for name, value in given.items()
+    }
 
 
 def _chat(text: str) -> Chat:

@@ -228,7 +228,6 @@ class ScriptedEngine:
         context = self._context(row.pages, row.position)
         if row.first_step:
             before = self._slots.get(row.slot)
-            assert before is None or before.committed, f"slot {row.slot} was not released"
             assert before is None or np.array_equal(before.context, context), "another sequence took the slot"
             self._slots[row.slot] = _Slot(context, self._script(context) if self._script else None)
         slot = self._slots[row.slot]
