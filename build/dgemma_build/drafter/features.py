@@ -19,17 +19,17 @@ from dgemma_build.oracle import load_oracle
 
 @dataclass(frozen=True)
 class Features:
-    """Of one text: per layer that was asked for keys and values [kv_heads, n, head_dim], in half precision."""
+    """Of one text: per layer that was asked for keys and values [kv_heads, n, head_dim]."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
 
 class ContextEncoder:
-    """A frozen denoiser, of which only keys and values of `layers` are wanted."""
+    """A frozen denoiser, of which only keys and values of `layers` are wanted, kept in `dtype`."""
 
-    def __init__(self, checkpoint: Path, layers: Sequence[int]) -> None:
+    def __init__(self, checkpoint: Path, layers: Sequence[int], dtype: torch.dtype = torch.float16) -> None:
         self._model = load_oracle(checkpoint)
-        self._layers = tuple(layers)
+        self._layers, self._dtype = tuple(layers), dtype
 
     def encode(self, texts: Sequence[Sequence[int]]) -> list[Features]:
         """Of texts of token ids, in one padded batch; attention is causal, so padding behind changes nothing."""
@@ -40,17 +40,15 @@ class ContextEncoder:
         cache = DynamicCache()  # without a config: sliding layers keep every token too
         with torch.inference_mode():
             self._model.model.encoder.language_model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+        def part(tensor: Tensor, row: int) -> Tensor:
+            return tensor[row, :, : len(texts[row])].to(self._dtype).clone()
+
         chosen: list[Any] = [cache.layers[index] for index in self._layers]
         return [
-            Features(
-                tuple((_part(layer.keys, row, len(text)), _part(layer.values, row, len(text))) for layer in chosen)
-            )
-            for row, text in enumerate(texts)
+            Features(tuple((part(layer.keys, row), part(layer.values, row)) for layer in chosen))
+            for row in range(len(texts))
         ]
-
-
-def _part(tensor: Tensor, row: int, length: int) -> Tensor:
-    return tensor[row, :, :length].half().clone()
 
 
 def stack(features: Sequence[Features], lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
