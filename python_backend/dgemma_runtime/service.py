@@ -55,12 +55,12 @@ class Service:
         self._scheduler = Scheduler(self._model, engine.limits, settings)
         self.intake = Intake(codec, self._model, self.max_model_len, self._scheduler.make_keys)
         self._observer = observer or Observer()
-        self._drafting = Drafting(self._model.canvas_length, self._observer)
         self._changed = threading.Condition()  # guards the scheduler, `finished` of requests, and these two
         self._draining = self._aborting = False
         self._thread: threading.Thread | None = None
         self._ticks = self._canvas_steps = self._encoded_tokens = 0
         self._engine_time, self._busy_time = Stopwatch(), Stopwatch()
+        self._drafting = Drafting(engine, self._engine_time, self._observer)
         self._admissions: deque[int] = deque(maxlen=32)  # moments of the last ones
 
     # ------------------------------------------------------------ any thread
@@ -85,6 +85,7 @@ class Service:
         """
         try:
             self._check_accepting()
+            self._drafting.check(request.parameters)
             timeline = Timeline(time.monotonic_ns(), self._engine_time.read_ns())
             if request.parameters.max_tokens == 0:
                 sink(answer := self.intake.tokenized(request, timeline.submitted))

@@ -1,41 +1,58 @@
 """Asks the drafters for the canvases that are about to start. Knows no text and no engine library.
 
-The client's own draft comes first, then what prompt and output repeat. A drafter that fails is not asked again, by any
-request: a draft is an offer, and the canvas starts from noise without one.
+The client's own draft comes first, then what prompt and output repeat, then the drafter network, for all canvases that
+start in one call. A drafter that fails is not asked again, by any request: a draft is an offer, and the canvas starts
+from noise without one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from dgemma_runtime.canvas import Canvas
+from dgemma_runtime.contract import DraftRow, Engine
 from dgemma_runtime.drafting.lookup import propose
 from dgemma_runtime.drafting.proposal import Proposal
+from dgemma_runtime.errors import EngineMemoryError, InvalidRequest
 from dgemma_runtime.observer import Observer
+from dgemma_runtime.parameters import GenerationParameters
 from dgemma_runtime.requests import LiveRequest
-from dgemma_runtime.statistics import Mean
+from dgemma_runtime.statistics import Mean, Stopwatch
 
-CLIENT, LOOKUP = "client", "lookup"
+CLIENT, LOOKUP, MODEL = "client", "lookup", "model"
 
 _log = logging.getLogger(__name__)
 
 
 class Drafting:
-    """Of one service; on the engine thread."""
+    """Of one service; on the engine thread, but for `check`."""
 
-    def __init__(self, canvas_length: int, observer: Observer) -> None:
-        self._canvas_length, self._observer = canvas_length, observer
+    def __init__(self, engine: Engine, engine_time: Stopwatch, observer: Observer) -> None:
+        self._engine, self._engine_time, self._observer = engine, engine_time, observer
+        self._canvas_length = engine.manifest.model.canvas_length
         self._off: set[str] = set()
         self._usual = Mean()  # denoising steps of canvases without a draft
 
+    def check(self, parameters: GenerationParameters) -> None:
+        """Raises InvalidRequest for a drafter that this server does not have."""
+        if parameters.drafter == MODEL and self._engine.drafter is None:
+            raise InvalidRequest("drafter", "'model': this server has no drafter network; send auto, lookup or off")
+
     def propose(self, requests: Sequence[LiveRequest]) -> None:
         """Decide what each request's present canvas starts from, once per canvas, however often that starts."""
+        undrafted = []
         for request in requests:
             drafts = request.drafts
-            if drafts.canvas_index != request.canvas_index:
-                drafts.canvas_index, drafts.proposal = request.canvas_index, self._proposal(request)
+            if drafts.canvas_index == request.canvas_index:
+                continue
+            drafts.canvas_index, drafts.proposal = request.canvas_index, self._from_text(request)
+            if drafts.proposal is None and self._wants(request, MODEL) and request.cached_tokens:
+                undrafted.append(request)
+        if undrafted:
+            self._from_network(undrafted)
 
     def ended(self, request: LiveRequest, canvas: Canvas, emitted: int) -> None:
         """The request's canvas is done, and its first `emitted` tokens are output."""
@@ -49,27 +66,44 @@ class Drafting:
         if outcome is not None:
             self._observer.drafted(request, outcome, steps_saved)
 
-    def _proposal(self, request: LiveRequest) -> Proposal | None:
-        if request.parameters.drafter == "off":
+    def _wants(self, request: LiveRequest, source: str) -> bool:
+        if source in self._off or (source == MODEL and self._engine.drafter is None):
+            return False
+        if source != CLIENT and request.parameters.drafter not in ("auto", source):
+            return False
+        return request.drafts.policy.decide(source)
+
+    def _from_text(self, request: LiveRequest) -> Proposal | None:
+        """Where the output begins, the client's draft begins as well; behind that it is found by what it follows."""
+        drafts, length = request.drafts, self._canvas_length
+        source = LOOKUP if drafts.given is None else CLIENT
+        if not self._wants(request, source):
             return None
-        source = CLIENT if request.drafts.given is not None else LOOKUP
-        if source in self._off or (source == LOOKUP and request.parameters.drafter == "model"):
-            return None
-        if not request.drafts.policy.decide(source):
-            return None
+        if request.canvas_index == 0 and source == CLIENT:
+            return drafts.of_client(0, length)
+        proposal = None
+        with self._guarded(source):
+            end_ids = request.parameters.end_ids
+            proposal = propose(request.tokens, len(request.prompt_ids), length, end_ids, drafts.given)
+        return None if proposal is None else replace(proposal, source=source)
+
+    def _from_network(self, requests: Sequence[LiveRequest]) -> None:
+        rows = [DraftRow(r.slot, r.cached_tokens, r.page_view, int(r.tokens[-1])) for r in requests]
+        with self._guarded(MODEL):
+            with self._engine_time.running():
+                result = self._engine.draft(rows)
+            for index, request in enumerate(requests):
+                ids, confidences = result.token_ids[index].copy(), result.confidences[index].copy()
+                request.drafts.proposal = Proposal(ids, confidences, MODEL)
+
+    @contextmanager
+    def _guarded(self, source: str) -> Iterator[None]:
+        """What goes wrong in here costs a draft and no more."""
         try:
-            return self._from_text(request, source)
+            yield
+        except EngineMemoryError as error:
+            _log.warning("no drafts for this canvas: %s", error)
         except Exception:  # noqa: BLE001 - whatever it was, a request is none the worse for it
             _log.exception("drafter %s failed and is switched off; requests go on without its drafts", source)
             self._off.add(source)
             self._observer.drafter_failed(source)
-            return None
-
-    def _from_text(self, request: LiveRequest, source: str) -> Proposal | None:
-        """Where the output begins, the client's draft begins as well; behind that it is found by what it follows."""
-        drafts, length = request.drafts, self._canvas_length
-        if request.canvas_index == 0 and source == CLIENT:
-            return drafts.of_client(0, length)
-        end_ids = request.parameters.end_ids
-        proposal = propose(request.tokens, len(request.prompt_ids), length, end_ids, drafts.given)
-        return None if proposal is None else replace(proposal, source=source)
