@@ -32,7 +32,8 @@ CODEC = tiny_codec()
 
 
 def ids(text: str) -> list[int]:
-    return CODEC.encode_part(text, "text").tolist()
+    found: list[int] = CODEC.encode_part(text, "text").tolist()
+    return found
 
 
 def fill(service: Service, template: Template, **values: Any) -> Recorder:

@@ -209,6 +209,38 @@ def test_bad_messages_are_refused(text: str, message: str) -> None:
 # ---------------------------------------------------------------- JSON parameters
 
 
+# ---------------------------------------------------------------- drafts
+
+
+def test_what_is_known_of_the_output_comes_through() -> None:
+    assert parse(draft_text="é".encode()).draft == "é"
+    assert parse(template=b'["a", 3]').template == ("a", 3)
+    assert parse(suffix=b"\n}").suffix == "\n}"
+    nothing = parse()
+    assert (nothing.draft, nothing.template, nothing.suffix) == (None, (), None)
+    for shape in ((2,), (1, 2)):
+        found = parse(draft_ids=np.array([5, 6], np.int32).reshape(shape)).draft
+        assert isinstance(found, np.ndarray)
+        assert found.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"draft_text": b"a", "draft_ids": [1]}, "draft_ids: cannot be together with draft_text; give at most one of"),
+        ({"draft_text": b"a", "template": b"[1]"}, "template: cannot be together with draft_text"),
+        ({"suffix": b"a", "template": b"[1]"}, "suffix: cannot be together with template"),
+        ({"suffix": b"a", "draft_ids": [1]}, "suffix: cannot be together with draft_ids"),
+        ({"template": b"nonsense"}, "template: is not valid JSON"),
+        ({"template": b'["a"]'}, "template: has no hole"),
+        ({"sampling_parameters": b'{"suffix": "a"}'}, "suffix: is not a known parameter"),
+    ],
+)
+def test_drafts_that_contradict_each_other_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{message}"):
+        parse(**given)
+
+
 @pytest.mark.parametrize("source", ["sampling_parameters", "request parameters"])
 class TestJsonParameters:
     """Of the `sampling_parameters` tensor, and of Triton's own request parameters."""
