@@ -124,6 +124,20 @@ def de_bruijn(letters: int, order: int) -> list[int]:
     return [letter for word in sorted(words) for letter in word]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        [7] * 500,
+        [1, 7] * 400 + [7],
+        [1, 2, 7] * 300 + [9] + [1, 2, 7] * 20,
+        np.random.default_rng(0).integers(0, 2, 3000).tolist(),
+    ],
+)
+def test_many_places(text: list[int]) -> None:
+    """More than are compared one by one."""
+    assert longest_match(ids(text), ids(text)) == by_hand(text, text, MAX_MATCH)
+
+
 def test_a_match_counts_up_to_the_limit() -> None:
     text = ids([*range(200), *range(200)])
     assert longest_match(text, text) == Match(200, MAX_MATCH)
