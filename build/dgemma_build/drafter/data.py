@@ -22,11 +22,21 @@ from dgemma_build.demo.skills import SKILLS, draw, held_out_set
 from dgemma_build.demo.tokenizer import render_turn
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.codec import Codec
-from dgemma_runtime.contract import CommitRow, EncodeRow, Engine, EngineLimits, Int32Array, Manifest, SequencePages
+from dgemma_runtime.contract import (
+    CommitRow,
+    DraftRow,
+    EncodeRow,
+    Engine,
+    EngineLimits,
+    Int32Array,
+    Manifest,
+    SequencePages,
+)
+from dgemma_runtime.drafting.proposal import Proposal
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.noise import CanvasNoise
-from dgemma_runtime.parameters import GenerationParameters, default_parameters
+from dgemma_runtime.parameters import default_parameters
 
 _PAGE = 64  # tokens
 _MAX_TOKENS = 2048  # prompt and output together
@@ -96,31 +106,32 @@ class _Sequence:
     """An answer in the making, in one slot."""
 
     slot: int
-    prompt: Prompt
-    ids: Int32Array  # of the prompt
-    parameters: GenerationParameters
+    group: str
+    token_ids: Int32Array  # prompt and committed canvases
+    prompt_length: int
+    seed: int
     pages: SequencePages
-    canvas: Canvas
-    canvases: list[Int32Array] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
+    canvas: Canvas | None = None  # the one at work
+    steps: list[int] = field(default_factory=list)  # of those that have ended
 
-    @property
-    def position(self) -> int:
-        return len(self.ids) + sum(len(ids) for ids in self.canvases)
+    def record(self, canvas_length: int) -> Record:
+        canvases = self.token_ids[self.prompt_length :].reshape(-1, canvas_length)
+        return Record(self.group, self.token_ids[: self.prompt_length].tolist(), canvases.tolist(), self.steps)
 
 
 class Distiller:
-    """Asks an engine for whole answers, as many at once as it has slots."""
+    """Asks an engine for whole answers, as many at once as it has slots; with a drafter if one is given."""
 
-    def __init__(self, directory: Path, slots: int = 8, threads: int = 1) -> None:
+    def __init__(self, directory: Path, slots: int = 8, threads: int = 1, draft_model: Path | None = None) -> None:
         manifest = Manifest.load(directory)
-        self._spec, self._codec = manifest.model, Codec.load(directory)
-        self._defaults = default_parameters(manifest.generation_defaults)
+        self._spec, self.codec = manifest.model, Codec.load(directory)
+        self._defaults = replace(default_parameters(manifest.generation_defaults), draft_verification="direct")
+        self.end_ids = list(self._defaults.end_ids)
         self._longest = min(_MAX_TOKENS, manifest.max_model_len)
         self._per_slot = -(-self._longest // _PAGE)
         pages = slots * self._per_slot
         limits = EngineLimits(slots, self._longest, _PAGE, pages, pages)
-        self._engine: Engine = OnnxRuntimeEngine(directory, limits, threads)
+        self._engine: Engine = OnnxRuntimeEngine(directory, limits, threads, draft_model)
 
     def __enter__(self) -> Distiller:
         return self
@@ -133,30 +144,27 @@ class Distiller:
         waiting = enumerate(prompts, seed)
         free = list(range(self._engine.limits.max_batch_size))
         running: list[_Sequence] = []
-        commits: list[CommitRow] = []
         while True:
             while free and (item := next(waiting, None)):
-                started = self._start(free.pop(), item[0], item[1])
-                running.append(started)
+                running.append(self._start(free.pop(), *item))
             if not running:
                 return
-            rows = [each.canvas.row(each.slot, each.position, each.pages) for each in running]
-            result = self._engine.denoise(rows)
-            outcomes = zip(running, result.argmax_ids, result.sampled_ids, result.entropies, strict=True)
-            ended = [each for each, *found in outcomes if each.canvas.advance(*found)]
-            commits = [commit for each in ended if (commit := self._next_canvas(each))]
+            self._begin([each for each in running if each.canvas is None])
+            commits = []
+            for each in self._step(running):
+                commit = self._commit(each)
+                if self._goes_on(each, commit.token_ids):
+                    commits.append(commit)
+                    continue
+                running.remove(each)
+                self._engine.release(each.slot)
+                free.append(each.slot)
+                yield each.record(self._spec.canvas_length)
             if commits:
                 self._engine.denoise([], commits)
-            for each in ended:
-                if each.slot not in [commit.slot for commit in commits]:
-                    running.remove(each)
-                    self._engine.release(each.slot)
-                    free.append(each.slot)
-                    canvases = [ids.tolist() for ids in each.canvases]
-                    yield Record(each.prompt.group, each.ids.tolist(), canvases, each.steps)
 
     def _start(self, slot: int, seed: int, prompt: Prompt) -> _Sequence:
-        ids = self._codec.encode(prompt.text)
+        ids = self.codec.encode(prompt.text)
         if len(ids) + self._spec.canvas_length > self._longest:
             raise ConfigurationError(
                 f"a prompt has {len(ids)} tokens, with a canvas of {self._spec.canvas_length} more than the "
@@ -165,24 +173,39 @@ class Distiller:
         own = np.arange(slot * self._per_slot, (slot + 1) * self._per_slot, dtype=np.int32)
         pages = SequencePages(own, own)
         self._engine.encode([EncodeRow(ids, 0, pages)])
-        parameters = replace(self._defaults, seed=seed)
-        return _Sequence(slot, prompt, ids, parameters, pages, self._canvas(seed, 0, parameters))
+        return _Sequence(slot, prompt.group, ids, len(ids), seed, pages)
 
-    def _canvas(self, seed: int, index: int, parameters: GenerationParameters) -> Canvas:
-        return Canvas(parameters, CanvasNoise(seed, index, self._spec.canvas_length, self._spec.vocab_size))
+    def _begin(self, sequences: Sequence[_Sequence]) -> None:
+        """Start a canvas of each, from what the drafter proposes."""
+        proposals: list[Proposal | None] = [None] * len(sequences)
+        if sequences and self._engine.drafter is not None:
+            rows = [DraftRow(each.slot, len(each.token_ids), each.pages, int(each.token_ids[-1])) for each in sequences]
+            found = self._engine.draft(rows)
+            pairs = zip(found.token_ids, found.confidences, strict=True)
+            proposals = [Proposal(ids, confidences, "model") for ids, confidences in pairs]
+        for each, proposal in zip(sequences, proposals, strict=True):
+            noise = CanvasNoise(each.seed, len(each.steps), self._spec.canvas_length, self._spec.vocab_size)
+            each.canvas = Canvas(replace(self._defaults, seed=each.seed), noise, proposal)
 
-    def _next_canvas(self, sequence: _Sequence) -> CommitRow | None:
-        """Note the canvas that ended; what is to be committed before the next one, None after the last."""
-        canvas, position = sequence.canvas, sequence.position
-        sequence.canvases.append(canvas.argmax_ids)
+    def _step(self, sequences: Sequence[_Sequence]) -> list[_Sequence]:
+        """Those whose canvases have ended with it."""
+        work = [(each, each.canvas) for each in sequences if each.canvas is not None]
+        result = self._engine.denoise([canvas.row(s.slot, len(s.token_ids), s.pages) for s, canvas in work])
+        outcomes = zip(result.argmax_ids, result.sampled_ids, result.entropies, strict=True)
+        return [each for (each, canvas), found in zip(work, outcomes, strict=True) if canvas.advance(*found)]
+
+    def _commit(self, sequence: _Sequence) -> CommitRow:
+        """The canvas that ended, which is part of the answer from now on."""
+        canvas, position = sequence.canvas, len(sequence.token_ids)
+        assert canvas is not None
+        sequence.token_ids = np.concatenate([sequence.token_ids, canvas.argmax_ids])
         sequence.steps.append(canvas.step)
-        room = self._longest - sequence.position >= self._spec.canvas_length
-        if not room or np.isin(canvas.argmax_ids, list(sequence.parameters.end_ids)).any():
-            return None
-        seed = sequence.parameters.seed
-        assert seed is not None
-        sequence.canvas = self._canvas(seed, len(sequence.canvases), sequence.parameters)
+        sequence.canvas = None
         return CommitRow(sequence.slot, canvas.argmax_ids, position, sequence.pages)
+
+    def _goes_on(self, sequence: _Sequence, canvas_ids: Int32Array) -> bool:
+        room = self._longest - len(sequence.token_ids) >= self._spec.canvas_length
+        return room and not bool(np.isin(canvas_ids, self.end_ids).any())
 
 
 def write_records(path: Path, records: Iterable[Record], total: int, console: Console) -> None:
