@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dgemma_build.bench.__main__ import ROOT, run
 from dgemma_build.bench.scenario import Cell
+from dgemma_build.drafter.export import DrafterRequest, build_drafter
 from dgemma_build.emulation import build_emulated
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.oracle import Model, load_oracle
@@ -55,6 +56,16 @@ class Setting:
             output = GENERATED / "engines" / key
             output.parent.mkdir(parents=True, exist_ok=True)
             build_engine(BuildRequest(self.checkpoint(name), output, precision=precision))
+            self._engines[key] = output
+        return self._engines[key]
+
+    def drafter(self, name: str) -> Path:
+        """The engine of the drafter that lies beside the checkpoint."""
+        key = f"{name}-drafter"
+        if key not in self._engines:
+            output = GENERATED / "engines" / key
+            output.parent.mkdir(parents=True, exist_ok=True)
+            build_drafter(DrafterRequest(ROOT / "build/checkpoints" / key, self.checkpoint(name), output))
             self._engines[key] = output
         return self._engines[key]
 

@@ -38,11 +38,11 @@ class Outcome:
         return self.finished
 
 
-def open_measured(directory: Path, limits: EngineLimits, threads: int) -> Engine:
-    """An engine that runs on this machine: ONNX Runtime's, or TensorRT's graph emulated on it."""
+def open_measured(directory: Path, limits: EngineLimits, threads: int, draft_model: str | None = None) -> Engine:
+    """An engine that runs on this machine: ONNX Runtime's, or TensorRT's graph emulated on it, without a drafter."""
     if Manifest.load(directory, verify_hashes=False).target == EmulatedBackend.target:
         return open_emulated(directory, limits, threads)
-    return OnnxRuntimeEngine(directory, limits, threads)
+    return OnnxRuntimeEngine(directory, limits, threads, None if draft_model is None else Path(draft_model))
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def running_service(directory: Path, max_batch_size: int = 4, threads: int = 0, 
     """A started service on an engine directory; stopped on leaving. `more` are more of RuntimeSettings."""
     settings = RuntimeSettings(max_batch_size=max_batch_size, threads=threads, **more)
     manifest = Manifest.load(directory)
-    engine = open_measured(directory, plan_limits(manifest, settings), threads)
+    engine = open_measured(directory, plan_limits(manifest, settings), threads, settings.draft_model)
     defaults = default_parameters(manifest.generation_defaults)
     service = Service(engine, Codec.load(directory), settings, defaults)
     service.start()
