@@ -71,6 +71,7 @@ def server_command(program: tuple[str, ...], configuration: Configuration, engin
         ("--queue-size", configuration.queue_size),
         ("--kv-memory-bytes", configuration.kv_memory_bytes),
         ("--threads", configuration.threads),
+        ("--draft-model", configuration.draft_model),
         ("--exit-timeout", configuration.drain_s + _DRAIN_MARGIN_S),
         ("--start-timeout", configuration.start_timeout_s),
         ("--log-level", configuration.log_level),

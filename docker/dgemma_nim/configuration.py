@@ -39,6 +39,7 @@ class Configuration:
     prefix_cache: bool
     cuda_graphs: bool
     threads: int | None
+    draft_model: str | None
     host: str
     server_port: int
     health_port: int | None
@@ -66,6 +67,11 @@ class Configuration:
     def __post_init__(self) -> None:
         self._check_ports()
         self._check_tls()
+        if self.draft_model is not None and not Path(self.draft_model).is_dir():
+            raise ConfigurationError(
+                f"draft_model is {self.draft_model!r}, which is not a directory; mount it or correct "
+                "NIM_DRAFT_MODEL_PATH"
+            )
 
     def _check_ports(self) -> None:
         names = ("server_port", "health_port", "triton_grpc_port", "triton_metrics_port", "triton_http_port")

@@ -227,6 +227,12 @@ SETTINGS: tuple[Setting, ...] = (
         ("--threads",),
         variables=("DGEMMA_THREADS",),
     ),
+    Setting(
+        "draft_model",
+        "engine directory of a drafter for this model, for an engine on the CPU",
+        flags=("--draft-model",),
+        variables=("NIM_DRAFT_MODEL_PATH",),
+    ),
     Setting("host", "address that the front end listens on", flags=("--host",), default="0.0.0.0"),
     Setting(
         "server_port",

@@ -68,7 +68,6 @@ OTHERS: tuple[Other, ...] = (
     Other("NIM_KVCACHE_PERCENT", "memory is planned from what is free; limit it with --kv-memory-bytes", _most),
     Other("NIM_GPU_MEM_FRACTION", "memory is planned from what is free; limit it with --kv-memory-bytes", _most),
     Other("NIM_ENABLE_KV_CACHE_HOST_OFFLOAD", "keys and values stay with the engine; unset it", _off),
-    Other("NIM_DRAFT_MODEL_PATH", "there is no drafter yet; unset it", _off),
     Other("NIM_PEFT_SOURCE", "there are no adapters (LoRA); merge them into the checkpoint and unset it", _off),
     Other("NIM_FT_MODEL", "serve a fine-tuned checkpoint with NIM_MODEL_PATH and unset it", _off),
     Other("NIM_CUSTOM_MODEL_NAME", "give the name with NIM_SERVED_MODEL_NAME and unset it", _off),

@@ -28,7 +28,7 @@ def everything(tmp_path: Path) -> Configuration:
     words += ["--ssl-ca-certs", f"{tmp_path}/ca", "--api-key-hashes", f"{tmp_path}/hashes", "--max-body-bytes", "99"]
     words += ["--served-model-name", "a", "b", "--cors-origins", "https://a.example", "--requests-per-minute", "7"]
     words += ["--timeout-s", "8", "--log-level", "debug", "--log-format", "json", "--log-prompts", "--no-playground"]
-    return resolve([*words, "--traces"], {}).configuration
+    return resolve([*words, "--traces", "--draft-model", str(tmp_path)], {}).configuration
 
 
 def parsed(app: typer.Typer, command: list[str]) -> dict[str, object]:
@@ -57,7 +57,7 @@ def test_server_listens_on_loopback_only(everything: Configuration) -> None:
     assert found["host"] == "127.0.0.1"
     assert (found["max_model_len"], found["max_batch_size"], found["threads"]) == (4096, 2, 1)
     assert (found["prefix_cache"], found["cuda_graphs"], found["traces"]) == (False, False, True)
-    assert found["exit_timeout"] == 35
+    assert (found["exit_timeout"], str(found["draft_model"])) == (35, everything.draft_model)
 
 
 def test_defaults_leave_the_servers_to_their_own() -> None:

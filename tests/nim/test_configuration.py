@@ -88,6 +88,12 @@ def test_variables(name: str, environment: dict[str, str], expected: Any) -> Non
     assert getattr(resolve([], environment).configuration, name) == expected
 
 
+def test_a_drafter_is_a_directory(tmp_path: Path) -> None:
+    assert value("draft_model", NIM_DRAFT_MODEL_PATH=str(tmp_path)) == str(tmp_path)
+    with pytest.raises(ConfigurationError, match="draft_model is '/nowhere', which is not a directory; mount it"):
+        resolve([], {"NIM_DRAFT_MODEL_PATH": "/nowhere"})
+
+
 def test_names_on_a_command_line_may_be_several_words() -> None:
     assert value("served_model_names", ["--served-model-name", "a", "b"]) == ("a", "b")
 
@@ -169,7 +175,6 @@ def test_variables_that_change_nothing_are_said(other: Any) -> None:
         ("NIM_TENSOR_PARALLEL_SIZE", "1"),
         ("NIM_ENABLE_KV_CACHE_HOST_OFFLOAD", "0"),
         ("NIM_GPU_MEM_FRACTION", "0.9"),
-        ("NIM_DRAFT_MODEL_PATH", "none"),
     ],
 )
 def test_a_refused_variable_may_say_what_is_so(name: str, harmless: str) -> None:
