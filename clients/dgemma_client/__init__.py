@@ -17,7 +17,18 @@ from dgemma_client.errors import (
     Overloaded,
     ServerError,
 )
-from dgemma_client.events import Delta, Done, Event, Prefill, Preview, Result, ServerInfo, Statistics, Tokens
+from dgemma_client.events import (
+    Delta,
+    Done,
+    DraftStatistics,
+    Event,
+    Prefill,
+    Preview,
+    Result,
+    ServerInfo,
+    Statistics,
+    Tokens,
+)
 from dgemma_client.mock import MockTransport
 from dgemma_client.requests import ChatOptions, Message, Parameters
 from dgemma_client.transport import GrpcTransport, Transport
@@ -31,6 +42,7 @@ __all__ = [
     "DeadlineExceeded",
     "Delta",
     "Done",
+    "DraftStatistics",
     "Event",
     "GrpcTransport",
     "InvalidRequest",

@@ -67,6 +67,7 @@ Set = Annotated[
 Live = Annotated[
     bool | None, typer.Option("--live/--no-live", help="Show the canvas being denoised; default: on a terminal.")
 ]
+Drafter = Annotated[str | None, typer.Option(help="Who drafts canvases: auto, off, lookup, model; default: auto.")]
 System = Annotated[str | None, typer.Option(help="System message.")]
 
 
@@ -84,6 +85,14 @@ def generate(
     priority: Priority = None,
     deadline_ms: DeadlineMs = None,
     cache_salt: CacheSalt = None,
+    drafter: Drafter = None,
+    draft: Annotated[
+        Path | None, typer.Option(help="File with a draft of the answer: a text to be revised, say.")
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="JSON file with the answer's fixed texts, and holes as numbers of tokens.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text that comes behind the answer; it ends before it.")] = None,
     set_: Set = None,
     live: Live = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text and statistics.")] = False,
@@ -112,6 +121,10 @@ def generate(
         priority=priority,
         deadline_ms=deadline_ms,
         cache_salt=cache_salt,
+        drafter=drafter,
+        draft_text=None if draft is None else _file(draft, "--draft"),
+        template=None if template is None else _template_file(template),
+        suffix=suffix,
     )
 
     async def work() -> int:
@@ -297,6 +310,24 @@ def _standard_input() -> str:
     except UnicodeDecodeError as error:
         say(f"error: standard input is not valid UTF-8 at byte {error.start}; convert it first")
         raise typer.Exit(EXIT_USAGE) from None
+
+
+def _file(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path}: {error}", param_hint=option) from None
+
+
+def _template_file(path: Path) -> list[str | int]:
+    """The list; the server judges what is in it."""
+    try:
+        items = json.loads(_file(path, "--template"))
+    except ValueError as error:
+        raise typer.BadParameter(f"{path}: not JSON: {error}", param_hint="--template") from None
+    if not isinstance(items, list):
+        raise typer.BadParameter(f"{path}: give a JSON list of texts and numbers", param_hint="--template")
+    return items
 
 
 def _prompt_file(path: Path) -> tuple[str, ...]:

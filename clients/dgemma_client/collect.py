@@ -7,7 +7,17 @@ import time
 from typing import Any, get_args
 
 from dgemma_client.errors import Cancelled, ServerError
-from dgemma_client.events import Delta, Done, Event, FinishReason, Prefill, Preview, Statistics, StopReason
+from dgemma_client.events import (
+    Delta,
+    Done,
+    DraftStatistics,
+    Event,
+    FinishReason,
+    Prefill,
+    Preview,
+    Statistics,
+    StopReason,
+)
 from dgemma_client.tensors import Values
 from dgemma_client.transport import Outputs
 
@@ -66,6 +76,9 @@ class Collector:
             engine_ms=_figure(served, "engine_ms"),
             prefix_tokens=int(_figure(served, "prefix_tokens", 0)),
             preemptions=int(_figure(served, "preemptions", 0)),
+            drafts=_drafts(served),
+            hole_tokens=_count(served, "hole_tokens"),
+            suffix_tokens=_count(served, "suffix_tokens"),
         )
         return Done(_REASONS[reason], statistics, _stop_reason(served))
 
@@ -100,6 +113,26 @@ def _stop_reason(served: dict[str, Any]) -> StopReason:
     if isinstance(value, bool) or not isinstance(value, str | int | None):
         raise ServerError(f"output statistics has stop_reason {value!r}; expected text, a token id or null")
     return value
+
+
+def _drafts(served: dict[str, Any]) -> tuple[DraftStatistics, ...]:
+    drafts = served.get("drafts", [])
+    if not isinstance(drafts, list) or not all(isinstance(draft, dict) for draft in drafts):
+        raise ServerError(f"output statistics has drafts {drafts!r}; expected a list of objects")
+    return tuple(
+        DraftStatistics(
+            drafter=str(draft.get("drafter")),
+            canvases=int(_figure(draft, "canvases")),
+            drafted_tokens=int(_figure(draft, "drafted_tokens")),
+            accepted_tokens=int(_figure(draft, "accepted_tokens")),
+            steps_saved=_figure(draft, "steps_saved"),
+        )
+        for draft in drafts
+    )
+
+
+def _count(served: dict[str, Any], name: str) -> int | None:
+    return None if served.get(name) is None else int(_figure(served, name))
 
 
 def _figure(served: dict[str, Any], name: str, missing: float | None = None) -> float:

@@ -10,11 +10,22 @@ StopReason = str | int | None  # the stop string or the end token's id that ende
 
 
 @dataclass(frozen=True)
+class DraftStatistics:
+    """What came of one drafter's drafts in one request."""
+
+    drafter: str  # lookup, model; client: the request's own draft
+    canvases: int  # that started from its drafts
+    drafted_tokens: int
+    accepted_tokens: int  # of the drafted ones, as they are in the answer
+    steps_saved: float  # denoising steps, against canvases without a draft; below 0 where more were taken
+
+
+@dataclass(frozen=True)
 class Statistics:
     """Figures of one request: counted by the server, the first two times seen by this client, the others by the server.
 
     `engine_ms`, of `total_ms`, is spent in engine calls, whichever requests they served. `prefix_tokens` of the input
-    were found in the prefix cache. Both last counts are 0 from a server that does not tell.
+    were found in the prefix cache. What follows is 0 or nothing from a server that does not tell.
     """
 
     num_input_tokens: int
@@ -28,6 +39,9 @@ class Statistics:
     engine_ms: float
     prefix_tokens: int = 0
     preemptions: int = 0  # times that the request had to make room for another one and started a canvas again
+    drafts: tuple[DraftStatistics, ...] = ()  # of drafters that drafted something
+    hole_tokens: int | None = None  # with a suffix: the length of the hole before it, as the server chose it
+    suffix_tokens: int | None = None  # with a suffix: how many of its tokens counted, from its beginning
 
     @property
     def tokens_per_forward(self) -> float:

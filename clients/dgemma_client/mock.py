@@ -45,10 +45,11 @@ def final(
     canvases: int = 1,
     prefix_tokens: int = 0,
     preemptions: int = 0,
+    **others: object,
 ) -> Outputs:
-    """The last response."""
+    """The last response; `others` are further figures of the statistics."""
     counts = {"canvases": canvases, "prefix_tokens": prefix_tokens, "preemptions": preemptions}
-    figures = {**counts, "queue_ms": 0.0, "prefill_ms": 0.0, "engine_ms": 0.0, "stop_reason": stop_reason}
+    figures = {**counts, "queue_ms": 0.0, "prefill_ms": 0.0, "engine_ms": 0.0, "stop_reason": stop_reason} | others
     return {
         "finish_reason": (finish_reason,),
         "num_input_tokens": (input_tokens,),

@@ -36,6 +36,12 @@ class Parameters(TypedDict, total=False):
     stability_threshold: int
     confidence_threshold: float
     drafter: str
+    draft_confidence: float
+    draft_verification: str
+    draft_text: str
+    draft_ids: Sequence[int]
+    template: Sequence[str | int]  # literal texts, and holes as numbers of tokens
+    suffix: str
     priority: int
     deadline_ms: int
     cache_salt: str
@@ -120,7 +126,7 @@ def build(model: str, request_id: str, prompt: Prompt, parameters: Parameters, p
 
 
 def _elements(name: str, value: Any) -> Values:
-    if name == "sampling_parameters":
+    if name in ("sampling_parameters", "template"):
         return (_json(name, value),)
     if name in LISTS and not isinstance(value, str):
         return tuple(value)

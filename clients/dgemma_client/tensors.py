@@ -41,6 +41,12 @@ INPUTS: dict[str, str] = {  # name -> KServe data type; all of shape [n], n = 1 
     "stability_threshold": "INT32",
     "confidence_threshold": "FP32",
     "drafter": "BYTES",
+    "draft_confidence": "FP32",
+    "draft_verification": "BYTES",
+    "draft_text": "BYTES",
+    "draft_ids": "INT32",
+    "template": "BYTES",  # JSON: [text, number of tokens, ...]
+    "suffix": "BYTES",
     "guided_decoding_guide_type": "BYTES",
     "guided_decoding_guide": "BYTES",
     "sampling_parameters": "BYTES",  # JSON object, vLLM style
@@ -55,7 +61,7 @@ INPUTS: dict[str, str] = {  # name -> KServe data type; all of shape [n], n = 1 
     "return_num_input_tokens": "BOOL",
     "return_num_output_tokens": "BOOL",
 }
-LISTS = frozenset({"input_ids", "stop_words", "bad_words"})  # inputs of any length
+LISTS = frozenset({"input_ids", "draft_ids", "stop_words", "bad_words"})  # inputs of any length
 
 OUTPUTS: dict[str, str] = {  # what this client reads; other outputs are decoded and ignored
     "text_output": "BYTES",

@@ -39,12 +39,18 @@ def summary(statistics: Statistics) -> str:
     """One line about a finished request."""
     cached = f", {statistics.prefix_tokens} of {statistics.num_input_tokens} prompt tokens known already"
     preempted = f", preemptions: {statistics.preemptions}"
+    drafted = "".join(
+        f", drafts of {draft.drafter}: {draft.accepted_tokens} of {draft.drafted_tokens} tokens kept, "
+        f"{draft.steps_saved:.1f} steps saved"
+        for draft in statistics.drafts
+    )
+    hole = "" if statistics.hole_tokens is None else f", a hole of {statistics.hole_tokens} tokens"
     return (
         f"{statistics.num_output_tokens} tokens in {statistics.canvases} canvases, "
         f"{statistics.denoising_steps} steps ({statistics.tokens_per_forward:.1f} tokens per step), "
         f"first canvas {statistics.time_to_first_canvas_ms:.0f} ms, total {statistics.total_ms:.0f} ms, "
         f"{statistics.tokens_per_second:.0f} tokens/s"
-        f"{cached if statistics.prefix_tokens else ''}{preempted if statistics.preemptions else ''}"
+        f"{cached if statistics.prefix_tokens else ''}{preempted if statistics.preemptions else ''}{drafted}{hole}"
     )
 
 
