@@ -162,3 +162,17 @@ def test_cpu_json_adds_up() -> None:
 @pytest.mark.parametrize("option", [("--gpu", "h100-80"), ("--picture", "x.svg"), ("--memory-gb", "3")])
 def test_cpu_refuses_what_is_about_gpus(option: tuple[str, str]) -> None:
     assert f"{option[0]}: says nothing of a CPU" in refused("--cpu", *option)
+
+
+def test_a_drafter_is_planned_beside_the_model() -> None:
+    found = plan_json("--gpu", "h100-80", "--precision", "bf16", "--precision", "int4")
+    drafter = found["drafter"]
+    assert drafter["reads"] == [22, 23, 28, 29]
+    assert (drafter["vocab_size"], drafter["canvas_length"]) == (262_144, 256)
+    assert 50e6 < drafter["weights"] < 500e6
+    for one in found["plans"]:
+        draft, step = one["draft_floor_one_canvas"], one["contexts"][0]["step_floor_one_canvas"]
+        assert one["drafter_bytes"] == 2 * drafter["weights"]
+        assert 0 < draft["ms"] < step["ms"] / 3
+    table = plan("--gpu", "h100-80").output
+    assert re.search(r"A drafter of \d+\.\d+ [BM] weights over layers 22, 23, 28, 29", table)

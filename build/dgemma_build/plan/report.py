@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dgemma_build.plan.drafter import DrafterPlan, plan_drafter
 from dgemma_build.plan.floor import StepFloor
 from dgemma_build.plan.kv import KvSizes
 from dgemma_build.plan.options import PlanOptions
@@ -61,6 +62,7 @@ def render(model: Model, plans: Sequence[CardPlan]) -> Group:
         _weights_table(list(recipes.values())),
         _kv_table(model, list(recipes)),
         _card_table(plans),
+        _drafter_table(model, plans),
     ]
     if notes := _notes(plans):
         parts.append(notes)
@@ -136,6 +138,29 @@ def _card_table(plans: Sequence[CardPlan]) -> Table:
     return table
 
 
+def _drafter_table(model: Model, plans: Sequence[CardPlan]) -> Table:
+    drafter = plan_drafter(model.config)
+    layers = ", ".join(map(str, drafter.config.reads))
+    context = plans[0].contexts[0].context
+    table = _table(
+        f"\nA drafter of {_billions(drafter.values)} weights over layers {layers}; least ms of a draft at "
+        f"{tokens(context)}, and what share of a step's that is"
+    )
+    table.add_column("GPU", no_wrap=True)
+    table.add_column("precision")
+    for name in ("weights, GB", "logits, GB", "one canvas", "of a step"):
+        table.add_column(name, justify="right")
+    previous = ""
+    for plan in plans:
+        title = plan.card.title if plan.card.title != previous else ""
+        previous = plan.card.title
+        floor = drafter.floor(plan.options, plan.card, 1, context)
+        sizes = [gigabytes(drafter.bytes_of(plan.options)), gigabytes(drafter.activations_bytes)]
+        share = floor.ms / plan.contexts[0].step_one.ms
+        table.add_row(title, recipe_name(plan.options), *sizes, _step(floor), f"{share:.0%}")
+    return table
+
+
 def _count(item: ContextPlan) -> Text:
     return Text(f"{item.sequences:,}", "green") if item.sequences else Text("no", "red")
 
@@ -181,7 +206,17 @@ def render_host(model: Model, batch: int, plans: Mapping[tuple[str, int], HostMe
 
 def to_json(model: Model, plans: Sequence[CardPlan]) -> dict[str, Any]:
     """The whole plan; sizes in bytes, times in milliseconds."""
-    return _heading(model) | {"plans": [_card_json(plan, model.kv(plan.options)) for plan in plans]}
+    drafter = plan_drafter(model.config)
+    described = asdict(drafter.config) | {"weights": drafter.values, "logits_bytes": drafter.activations_bytes}
+    return _heading(model) | {
+        "drafter": {name: value for name, value in described.items() if name != "denoiser_sha256"},
+        "plans": [_card_json(plan, model.kv(plan.options)) | _drafter_json(drafter, plan) for plan in plans],
+    }
+
+
+def _drafter_json(drafter: DrafterPlan, plan: CardPlan) -> dict[str, Any]:
+    floor = drafter.floor(plan.options, plan.card, 1, plan.contexts[0].context)
+    return {"drafter_bytes": drafter.bytes_of(plan.options), "draft_floor_one_canvas": _step_json(floor)}
 
 
 def host_json(model: Model, batch: int, plans: Mapping[tuple[str, int], HostMemory]) -> dict[str, Any]:
