@@ -34,11 +34,13 @@ class RandomWeights:
         self._embedding = model.embedding
 
     def float32(self, name: str) -> Float32:
-        return self._state[name].numpy()
+        values: Float32 = self._state[name].numpy()
+        return values
 
     def float32_slice(self, name: str, index: int | slice) -> Float32:
         assert name == "embed_tokens.weight"
-        return self._embedding[index].numpy()
+        values: Float32 = self._embedding[index].numpy()
+        return values
 
 
 def test_the_graph_at_released_dimensions_is_the_torch_module(tmp_path: Path) -> None:
