@@ -13,7 +13,7 @@ from starlette.requests import Request
 from dgemma_client import Done
 from dgemma_client.requests import Parameters
 from dgemma_openai.errors import ApiError, invalid
-from dgemma_openai.schemas.base import PromptTokensDetails, Sampling, Usage
+from dgemma_openai.schemas.base import CompletionTokensDetails, PromptTokensDetails, Sampling, Usage
 
 T = TypeVar("T")
 
@@ -46,11 +46,17 @@ def usage(dones: Sequence[Done], prompts: int) -> Usage:
     firsts = [done.statistics for done in dones[::per_prompt]]
     prompt_tokens = sum(figures.num_input_tokens for figures in firsts)
     completion_tokens = sum(done.statistics.num_output_tokens for done in dones)
+    given = [draft for done in dones for draft in done.statistics.drafts if draft.drafter == "client"]
+    accepted = sum(draft.accepted_tokens for draft in given)
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(figures.prefix_tokens for figures in firsts)),
+        completion_tokens_details=CompletionTokensDetails(
+            accepted_prediction_tokens=accepted,
+            rejected_prediction_tokens=sum(draft.drafted_tokens for draft in given) - accepted,
+        ),
         denoising_steps=sum(done.statistics.denoising_steps for done in dones),
     )
 

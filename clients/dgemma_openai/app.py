@@ -23,7 +23,7 @@ from dgemma_openai import logs
 from dgemma_openai.errors import ApiError, from_client, from_validation
 from dgemma_openai.gateway import Gateway
 from dgemma_openai.openapi import publish
-from dgemma_openai.routes import chat, completions, messages, models, responses, service, tokens
+from dgemma_openai.routes import chat, completions, editors, messages, models, responses, service, tokens
 from dgemma_openai.routes.playground import playground_router
 from dgemma_openai.security import ANTHROPIC_PREFIX, Guard
 from dgemma_openai.settings import Settings
@@ -50,7 +50,7 @@ def create_app(settings: Settings, client: Client | None = None) -> FastAPI:
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
     )
-    for module in (chat, completions, messages, models, responses, service, tokens):
+    for module in (chat, completions, editors, messages, models, responses, service, tokens):
         app.include_router(module.router)
     if settings.playground:
         app.include_router(playground_router())

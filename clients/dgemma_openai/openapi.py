@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from dgemma_openai.schemas.base import ErrorBody
 from dgemma_openai.schemas.chat import ChatChunk
 from dgemma_openai.schemas.completions import CompletionChunk
+from dgemma_openai.schemas.editors import FimChunk
 from dgemma_openai.security import ANTHROPIC_PREFIX, is_open
 from dgemma_openai.settings import Settings
 
@@ -27,7 +28,11 @@ _REFUSALS = {
     504: "The answer was not there in time.",
 }
 _BODILESS = (401, 404, 429, 500, 503)  # of them, what a route without a body may answer
-_CHUNKS: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatChunk, "/v1/completions": CompletionChunk}
+_CHUNKS: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatChunk,
+    "/v1/completions": CompletionChunk,
+    "/v1/fim/completions": FimChunk,
+}
 _REF = "#/components/schemas/"
 
 

@@ -212,7 +212,8 @@ async def test_each_route_documents_its_refusals() -> None:
 
 async def test_streams_are_documented() -> None:
     found = document()
-    for path, chunk in (("/v1/chat/completions", "ChatChunk"), ("/v1/completions", "CompletionChunk")):
+    chunks = {"chat/completions": "ChatChunk", "completions": "CompletionChunk", "fim/completions": "FimChunk"}
+    for path, chunk in ((f"/v1/{name}", chunk) for name, chunk in chunks.items()):
         content = found["paths"][path]["post"]["responses"]["200"]["content"]
         assert set(content) == {"application/json", "text/event-stream"}
         event = content["text/event-stream"]["schema"]

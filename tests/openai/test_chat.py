@@ -35,6 +35,7 @@ async def test_an_answer_has_everything_that_openai_s_has() -> None:
         "completion_tokens": 5,
         "total_tokens": 8,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
         "denoising_steps": 2,
     }
 

@@ -43,6 +43,7 @@ async def test_an_answer_has_everything_that_openai_s_has() -> None:
         "completion_tokens": 2,
         "total_tokens": 6,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
         "denoising_steps": 3,
     }
     assert (asked["max_tokens"], asked["stop_words"], asked["skip_special_tokens"]) == (5, ("a", "b"), False)
@@ -143,7 +144,11 @@ async def test_a_refusal_of_the_server_names_the_prompt(changes: dict[str, Any])
         ({"prompt": None}, "prompt", None),
         ({"prompt": ["a"] * 4, "n": 5}, "n", None),
         ({"max_tokens": 0}, "max_tokens", None),
-        ({"suffix": "x"}, "suffix", "unsupported_parameter"),
+        ({"suffix": 1}, "suffix", None),
+        ({"template": []}, "template", None),
+        ({"template": ["a", 0]}, "template[1]", None),
+        ({"template": ["", 1]}, "template[0]", None),
+        ({"template": [True]}, "template[0]", None),
         ({"best_of": 2}, "best_of", "unsupported_parameter"),
         ({"logprobs": 1}, "logprobs", "unsupported_parameter"),
         ({"prompt_logprobs": 1}, "prompt_logprobs", "unsupported_parameter"),

@@ -31,6 +31,8 @@ _CHECKS = [
 _LENGTHS = {  # what bounds an answer
     "/v1/chat/completions": "max_tokens",
     "/v1/completions": "max_tokens",
+    "/v1/fim/completions": "max_tokens",
+    "/v1/edit/completions": "max_tokens",
     "/v1/messages": "max_tokens",
     "/v1/responses": "max_output_tokens",
 }

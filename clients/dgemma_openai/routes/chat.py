@@ -45,7 +45,11 @@ from dgemma_openai.strict_json import JsonRoute
 from dgemma_openai.turns import AnswerEvent, Ended, Question, answers
 
 router = APIRouter(tags=["generation"], route_class=JsonRoute)
-_NAMES = {"text_input": "messages", "stop_words": "stop"}  # Triton's inputs -> this API's
+_NAMES = {  # Triton's inputs -> this API's
+    "text_input": "messages",
+    "stop_words": "stop",
+    "draft_text": "prediction",
+}
 _THINKING = frozenset({"low", "medium", "high"})
 
 
@@ -87,13 +91,14 @@ async def _job(body: ChatRequest, gateway: Gateway) -> _Job:
     length, name = _length(body)
     question = _question(body)
     facts = await gateway.facts()
+    predicted = _predicted(body)
     return _Job(
         id=new_id("chatcmpl"),
         created=int(time.time()),
         model=body.model,
         fingerprint=facts.fingerprint,
         question=question,
-        parameters=[parameters(body, length, seed) for seed in body.seeds(count)],
+        parameters=[parameters(body, length, seed, **predicted) for seed in body.seeds(count)],
         names={**_NAMES, "max_tokens": name},
         usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         reasoning=body.include_reasoning is not False,
@@ -106,6 +111,14 @@ def _length(body: ChatRequest) -> tuple[int | None, str]:
     if new is not None and old is not None and new != old:
         raise invalid("max_tokens", f"is {old}, but its newer name max_completion_tokens is {new}; give one of them")
     return (old, "max_tokens") if new is None else (new, "max_completion_tokens")
+
+
+def _predicted(body: ChatRequest) -> dict[str, Any]:
+    if body.prediction is None:
+        return {}
+    content = body.prediction.content
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    return {"draft_text": text} if text else {}
 
 
 # ---------------------------------------------------------------- what is asked

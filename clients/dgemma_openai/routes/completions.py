@@ -27,7 +27,7 @@ NAMES = {"text_input": "prompt", "input_ids": "prompt", "stop_words": "stop"}  #
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What all of a request's answers share."""
 
     id: str
@@ -38,6 +38,7 @@ class _Job:
     asks: Sequence[Ask]
     echoes: Sequence[str]  # of each answer, what goes in front of it
     body: CompletionRequest
+    as_chat: bool = False  # each choice also has its text where a chat has it
 
     def head(self) -> dict[str, Any]:
         fields = {"id": self.id, "object": "text_completion", "created": self.created}
@@ -46,13 +47,14 @@ class _Job:
 
 @router.post("/v1/completions", response_model=Completion, responses={400: {"model": ErrorBody}})
 async def completions(body: CompletionRequest, request: Request, gateway: OpenGatewayDep) -> Response | Completion:
-    job = await _job(body, gateway)
+    job = await make_job(body, gateway)
     if body.stream:
-        return await sse.event_stream(_events(job, gateway), gateway.settings.keep_alive_s)
-    return await unless_left(request, _whole(job, gateway))
+        return await sse.event_stream(stream(job, gateway), gateway.settings.keep_alive_s)
+    return await unless_left(request, whole(job, gateway))
 
 
-async def _job(body: CompletionRequest, gateway: Gateway) -> _Job:
+async def make_job(body: CompletionRequest, gateway: Gateway, *, as_chat: bool = False) -> Job:
+    """Raises ApiError."""
     gateway.check_model(body.model)
     check_stream_only(body)
     prompts = _prompts(body)
@@ -60,12 +62,16 @@ async def _job(body: CompletionRequest, gateway: Gateway) -> _Job:
     gateway.check_choices(len(prompts) * n)
     facts = await gateway.facts()
     id_ = new_id("cmpl")
-    special = {} if body.skip_special_tokens is None else {"skip_special_tokens": body.skip_special_tokens}
+    more = {
+        name: value
+        for name in ("skip_special_tokens", "suffix", "template")
+        if (value := getattr(body, name)) not in (None, "")
+    }
     asks = [
         replace(
             prompt,
             request_id=f"{id_}-{number * n + index}",
-            parameters=parameters(body, body.max_tokens, seed, **special),
+            parameters=parameters(body, body.max_tokens, seed, **more),
             previews=bool(body.diffusing),
         )
         for number, prompt in enumerate(prompts)
@@ -73,7 +79,7 @@ async def _job(body: CompletionRequest, gateway: Gateway) -> _Job:
     ]
     echoes = await _echoes(gateway, prompts) if body.echo else [""] * len(prompts)
     echoes = [echo for echo in echoes for _ in range(n)]
-    return _Job(id_, int(time.time()), body.model, facts.fingerprint, len(prompts), asks, echoes, body)
+    return Job(id_, int(time.time()), body.model, facts.fingerprint, len(prompts), asks, echoes, body, as_chat)
 
 
 def _prompts(body: CompletionRequest) -> list[Ask]:
@@ -99,7 +105,8 @@ async def _echoes(gateway: Gateway, prompts: Sequence[Ask]) -> list[str]:
         raise from_client(error, NAMES) from None
 
 
-async def _whole(job: _Job, gateway: Gateway) -> Completion:
+async def whole(job: Job, gateway: Gateway) -> Completion:
+    """All answers, when they are done; raises ApiError."""
     texts = list(job.echoes)
     dones: dict[int, Done] = {}
     try:
@@ -127,7 +134,8 @@ async def _whole(job: _Job, gateway: Gateway) -> Completion:
     )
 
 
-async def _events(job: _Job, gateway: Gateway) -> AsyncGenerator[bytes]:
+async def stream(job: Job, gateway: Gateway) -> AsyncGenerator[bytes]:
+    """As they come; raises ApiError before the first one."""
     dones: dict[int, Done] = {}
     begun = False
     try:
@@ -137,7 +145,7 @@ async def _events(job: _Job, gateway: Gateway) -> AsyncGenerator[bytes]:
                     begun = True
                     for number, echo in enumerate(job.echoes):
                         if echo:
-                            yield sse.data({**job.head(), "choices": [_choice(number, echo)]})
+                            yield sse.data({**job.head(), "choices": [_choice(job, number, echo)]})
                 if isinstance(event, Done):
                     dones[index] = event
                 if (chunk := _chunk(job, index, event)) is not None:
@@ -155,19 +163,20 @@ async def _events(job: _Job, gateway: Gateway) -> AsyncGenerator[bytes]:
     yield sse.DONE
 
 
-def _chunk(job: _Job, index: int, event: Event) -> dict[str, Any] | None:
+def _chunk(job: Job, index: int, event: Event) -> dict[str, Any] | None:
     match event:
         case Delta(text=text):
-            return {**job.head(), "choices": [_choice(index, text)]} if text else None
+            return {**job.head(), "choices": [_choice(job, index, text)]} if text else None
         case Done():
-            return {**job.head(), "choices": [_choice(index, "", End.of(event))]}
+            return {**job.head(), "choices": [_choice(job, index, "", End.of(event))]}
         case Preview() | Prefill():
-            return {**job.head(), "choices": [_choice(index, "")], "diffusing": diffusing(index, event)}
+            return {**job.head(), "choices": [_choice(job, index, "")], "diffusing": diffusing(index, event)}
 
 
-def _choice(index: int, text: str, end: End | None = None) -> dict[str, Any]:
+def _choice(job: Job, index: int, text: str, end: End | None = None) -> dict[str, Any]:
     finish_reason, stop_reason = (end.finish_reason, end.stop_reason) if end else (None, None)
     return {
+        **({"delta": {"content": text}} if job.as_chat else {}),
         "index": index,
         "text": text,
         "finish_reason": finish_reason,

@@ -67,7 +67,6 @@ Off = Annotated[Annotated[Literal[False], BeforeValidator(_boolean)] | None, *re
 Zero = Annotated[Annotated[float, Field(ge=0, le=0)] | None, *refused("0")]
 One = Annotated[Annotated[float, Field(ge=1, le=1)] | None, *refused("1")]
 NoTop = Annotated[Annotated[int, Field(ge=-1, le=0)] | None, *refused("0 or -1; for greedy decoding, temperature 0")]
-NoText = Annotated[Literal[""] | None, *refused("an empty text")]
 NoMap = Annotated[Annotated[dict[str, Any], Field(max_length=0)] | None, *refused("{}")]
 NoList = Annotated[Annotated[list[Any], Field(max_length=0)] | None, *refused("[]")]
 Nothing = Annotated[None, *refused("null")]
@@ -99,6 +98,18 @@ class Sampling(Body):
         bool | None, Field(description="With stream: send previews of unfinished canvases as a field `diffusing`.")
     ] = None
 
+    # drafting
+    drafter: Annotated[
+        Literal["auto", "off", "lookup", "model"] | None, Field(description="Who proposes canvases to the denoiser.")
+    ] = None
+    draft_confidence: Annotated[
+        float | None, Field(ge=0, le=1, description="Tokens of a draft that are less certain start as noise.")
+    ] = None
+    draft_verification: Annotated[
+        Literal["direct", "halves"] | None,
+        Field(description="halves: a draft is checked twice at once, each time without every second token."),
+    ] = None
+
     # scheduling
     priority: Annotated[int | None, Field(ge=-1000, le=1000, description="Lower is served first.")] = None
     deadline_ms: Annotated[int | None, Field(ge=1, lt=2**31, description="Ends the answer with what it has.")] = None
@@ -113,6 +124,7 @@ class Sampling(Body):
         names = (
             *("max_denoising_steps", "entropy_bound", "t_min", "t_max", "stability_threshold", "confidence_threshold"),
             *("temperature", "priority", "deadline_ms", "cache_salt"),
+            *("drafter", "draft_confidence", "draft_verification"),
         )
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         parameters: Parameters = given  # type: ignore[assignment]  # names and types are those above
@@ -169,11 +181,19 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """Of a prediction's tokens that the model was shown: those that are in the answer, and the others."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
     denoising_steps: int
 
 

@@ -106,6 +106,11 @@ class TextFormat(Body):
     type: Annotated[Literal["text"], *refused("'text'; structured output is not there yet")]
 
 
+class Prediction(Body):
+    type: Literal["content"]
+    content: Content
+
+
 class ChatRequest(Generation):
     """OpenAI's, with vLLM's and our own extensions."""
 
@@ -128,6 +133,9 @@ class ChatRequest(Generation):
     include_reasoning: bool | None = None
     modalities: list[Literal["text"]] | None = None
     response_format: TextFormat | None = None
+    prediction: Annotated[
+        Prediction | None, Field(description="A text that the answer repeats for the most part: a file to edit, say.")
+    ] = None
     store: Off = None
     logprobs: Off = None
     top_logprobs: Zero = None

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from dgemma_openai.schemas.base import Diffusing, Generation, NoText, Nothing, Off, One, StreamOptions, Usage, Zero
+from dgemma_openai.schemas.base import Diffusing, Generation, Nothing, Off, One, StreamOptions, Usage, Zero
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Suffix = Annotated[str, Field(description="What comes behind the answer; the answer is as long as fits between.")]
 
 
 class CompletionRequest(Generation):
@@ -22,7 +23,11 @@ class CompletionRequest(Generation):
     stream_options: StreamOptions | None = None
     echo: Annotated[bool | None, Field(description="Put the prompt in front of the answer.")] = None
     skip_special_tokens: bool | None = None
-    suffix: NoText = None
+    suffix: Suffix | None = None
+    template: Annotated[
+        list[Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=1, lt=2**31)]] | None,
+        Field(min_length=1, description="The answer: fixed texts, and holes as numbers of tokens to be filled."),
+    ] = None
     best_of: One = None
     logprobs: Nothing = None
     prompt_logprobs: Zero = None
