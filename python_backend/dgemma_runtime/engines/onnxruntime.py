@@ -88,9 +88,8 @@ class OnnxRuntimeEngine:
         check_manifest(directory, self.manifest)
         self.limits = limits
         self.spec = self.manifest.model
-        options = self._options(threads)
-        self._session = _open_session(directory, options)
-        self._drafter = None if draft_model is None else _open_drafter(draft_model, self.manifest, options)
+        self._session = _open_session(directory, self._options(threads))
+        self._drafter = None if draft_model is None else self._open_drafter(draft_model, threads)
         self.drafter = self._drafter.manifest if self._drafter else None
         self._begun: set[int] = set()  # slots that a draft has laid the context out for
         self._pools = PagePools(self.spec, limits)
@@ -104,6 +103,15 @@ class OnnxRuntimeEngine:
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # it would keep a plan, and memory for it, of every length of context
         return options
+
+    def _open_drafter(self, directory: Path, threads: int) -> OrtDrafter:
+        manifest = DrafterManifest.load(directory)
+        check_drafter(directory, manifest, self.manifest)
+        options = self._options(threads)
+        # Its threads would still spin, waiting for work, while the denoiser's need the cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = _open_session(directory, options)
+        return OrtDrafter(manifest, partial(_bind, session), partial(_run, session))
 
     # ------------------------------------------------------------ encode
 
@@ -296,13 +304,6 @@ def _open_session(directory: Path, options: ort.SessionOptions) -> ort.Inference
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library raises a dozen types without a common base
         raise ManifestError(f"{path}: onnxruntime cannot load it: {error}") from error
-
-
-def _open_drafter(directory: Path, denoiser: Manifest, options: ort.SessionOptions) -> OrtDrafter:
-    manifest = DrafterManifest.load(directory)
-    check_drafter(directory, manifest, denoiser)
-    session = _open_session(directory, options)
-    return OrtDrafter(manifest, partial(_bind, session), partial(_run, session))
 
 
 def _bind(session: ort.InferenceSession, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> ort.IOBinding:
