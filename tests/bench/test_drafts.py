@@ -11,13 +11,12 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from dgemma_build.accept.drafts import sudoku_template
 from dgemma_build.accept.planted import Planter
 from dgemma_build.bench import drafts
 from dgemma_build.bench.drafted import Answer, Answers
 from dgemma_build.bench.report import Environment
 from dgemma_build.bench.revisions import Task, revisions, second_turns
-from dgemma_build.demo.skills import SKILLS, held_out_set, is_held_out
+from dgemma_build.demo.skills import SKILLS, held_out_set, is_held_out, sudoku_template
 from dgemma_runtime.codec import Codec
 
 DEMO = Path(__file__).resolve().parents[2] / "build/checkpoints/demo"

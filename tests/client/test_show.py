@@ -14,7 +14,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
 
 from dgemma_build.demo import show as demo
-from dgemma_build.demo.skills import SKILLS, is_held_out
+from dgemma_build.demo.skills import SKILLS, is_held_out, sudoku_template
 from dgemma_client import Preview
 from dgemma_client.fake_triton import FakeTriton, Handler, Item
 from dgemma_client.live import SETTLED_AFTER
@@ -24,6 +24,7 @@ from dgemma_client.requests import InferRequest
 from dgemma_runtime.contract import LayerSpec, Manifest, ModelSpec
 from dgemma_runtime.noise import CanvasNoise
 
+PUZZLE = next(example.prompt for example in demo.examples() if example.skill == demo.PINNED)
 ANSWERS = {example.prompt: example.answer for example in demo.examples()}
 
 
@@ -31,6 +32,9 @@ def knowing(change: Callable[[str, str], str] = lambda prompt, answer: answer) -
     """A server that answers each of the demo's prompts, after `change(prompt, answer)`."""
 
     def handler(request: InferRequest) -> Iterator[Item]:
+        if "template" in request.inputs:
+            assert "6x6" in str(request.inputs["messages"][0])
+            assert tuple(json.loads(str(request.inputs["template"][0]))) == sudoku_template(PUZZLE)
         (message,) = json.loads(str(request.inputs["messages"][0]))["messages"]
         answer = change(message["content"], ANSWERS[message["content"]])
         half = len(answer) // 2
@@ -59,14 +63,14 @@ def test_every_skill_has_a_held_out_example_that_is_always_the_same() -> None:
 async def test_right_answers_are_exit_code_0_with_a_line_per_step() -> None:
     code, text = await run(knowing())
     assert code == 0
-    assert "All 5 required answers are right." in text
+    assert "All 6 required answers are right." in text
     lines = text.splitlines()
     solution = ANSWERS[next(prompt for prompt in ANSWERS if "6x6" in prompt)]
     assert f"canvas 1 step  1  {'?' * len(solution)}" in lines
     assert f"canvas 1 step  2  {solution[:20]}{'?' * 21}".replace("\n", "↵") in lines
-    assert lines.count("right") == len(SKILLS)
+    assert lines.count("right") == len(SKILLS) + 1
     assert "\x1b" not in text
-    for skill in SKILLS:
+    for skill in (*SKILLS, f"{demo.PINNED}, clues pinned"):
         assert any(re.match(rf" *{skill} +right +\d", line) for line in lines)
 
 
@@ -78,7 +82,7 @@ async def test_one_wrong_answer_is_exit_code_1_and_named() -> None:
     code, text = await run(knowing(flip))
     assert code == 1
     assert "WRONG, a right answer is" in text
-    assert "The demo failed: wrong answers for sudoku6." in text
+    assert "The demo failed: wrong answers for sudoku6, sudoku6, clues pinned." in text
 
 
 @pytest.mark.asyncio

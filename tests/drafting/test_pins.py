@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from dgemma_build.accept.canvas_audit import audited
-from dgemma_build.accept.drafts import sudoku_template
 from dgemma_build.accept.table import NAMES, Setting
 from dgemma_build.bench.inprocess import run_requests, running_service
-from dgemma_build.demo.skills import SKILLS, held_out_set
+from dgemma_build.demo.skills import SKILLS, held_out_set, sudoku_template
 from dgemma_build.demo.tokenizer import render_turn
 from dgemma_runtime.contract import Manifest
 from dgemma_runtime.service import GenerationRequest

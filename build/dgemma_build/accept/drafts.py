@@ -19,7 +19,7 @@ from dgemma_build.bench.drafted import QUEUE_SIZE, Answers, ask
 from dgemma_build.bench.drafts import STEPS, measure_clock
 from dgemma_build.bench.inprocess import running_service
 from dgemma_build.bench.revisions import Task, revisions, skill_tasks
-from dgemma_build.demo.skills import SKILLS
+from dgemma_build.demo.skills import SKILLS, sudoku_template
 from dgemma_runtime.chat import ChatTemplate
 from dgemma_runtime.parameters import VERIFICATIONS, GenerationParameters
 from dgemma_runtime.service import Service
@@ -234,20 +234,6 @@ def _network(setting: Setting) -> Result:
 
 
 # ---------------------------------------------------------------- pins
-
-
-def sudoku_template(prompt: str) -> tuple[str | int, ...]:
-    """The grid with its clues as literals and a hole of one token for each blank."""
-    grid = "\n".join(prompt.split("\n")[1:])
-    parts: list[str | int] = []
-    for character in grid:
-        if character == "_":
-            parts.append(1)
-        elif parts and isinstance(parts[-1], str):
-            parts[-1] += character
-        else:
-            parts.append(character)
-    return tuple(parts)
 
 
 def _pinned(setting: Setting) -> Result:

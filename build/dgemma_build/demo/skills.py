@@ -133,6 +133,19 @@ def check_sudoku(prompt: str, answer: str) -> bool:
     return answer.strip() == _grid_text(solve_sudoku(grid, side)[0], side)
 
 
+def sudoku_template(prompt: str) -> tuple[str | int, ...]:
+    """The answer to a Sudoku's prompt as a template: clues and line ends as texts, a hole of one token per blank."""
+    parts: list[str | int] = []
+    for character in prompt.split("\n", 1)[1]:
+        if character == "_":
+            parts.append(1)
+        elif parts and isinstance(parts[-1], str):
+            parts[-1] += character
+        else:
+            parts.append(character)
+    return tuple(parts)
+
+
 # ---------------------------------------------------------------- records
 
 NAMES = (
