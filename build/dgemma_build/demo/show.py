@@ -61,8 +61,8 @@ async def ask(client: Client, example: Example, console: Console, pinned: bool =
 
     `pinned`: with the clues of a Sudoku pinned in the canvas.
     """
-    name = f"{example.skill}, clues pinned" if pinned else example.skill
-    console.rule(Text(name, "bold"), align="left")
+    name = "pinned" if pinned else example.skill
+    console.rule(Text(f"{example.skill}, clues pinned" if pinned else name, "bold"), align="left")
     console.print(Text(example.prompt, "dim"))
     console.rule(characters="·", style="dim")
     events: list[Event] = []
