@@ -230,9 +230,11 @@ def start_server(settings: ProcessSettings, options: ServerOptions, log_to_file:
     run_directory = Path(tempfile.mkdtemp(prefix="dgemma-server-"))
     facts = model_facts(manifest, settings.runtime)
     repository = stage_repository(options.model_repository, run_directory / "models", MODEL_NAME, facts)
+    drafter = settings.runtime.draft_model
     placed = replace(
         settings,
         engine=settings.engine.resolve(),
+        runtime=replace(settings.runtime, draft_model=drafter and str(Path(drafter).resolve())),
         drain_file=_drain_file(run_directory),
         failure_file=_failure_file(run_directory),
         heartbeat_file=_heartbeat_file(run_directory),

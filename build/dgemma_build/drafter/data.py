@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -122,10 +123,13 @@ class _Sequence:
 class Distiller:
     """Asks an engine for whole answers, as many at once as it has slots; with a drafter if one is given."""
 
-    def __init__(self, directory: Path, slots: int = 8, threads: int = 1, draft_model: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, slots: int = 8, threads: int = 1, draft_model: Path | None = None, **more: Any
+    ) -> None:
+        """`more` are request parameters other than the defaults."""
         manifest = Manifest.load(directory)
         self._spec, self.codec = manifest.model, Codec.load(directory)
-        self._defaults = replace(default_parameters(manifest.generation_defaults), draft_verification="direct")
+        self._defaults = replace(default_parameters(manifest.generation_defaults), draft_verification="direct", **more)
         self.end_ids = list(self._defaults.end_ids)
         self._longest = min(_MAX_TOKENS, manifest.max_model_len)
         self._per_slot = -(-self._longest // _PAGE)

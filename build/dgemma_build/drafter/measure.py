@@ -24,6 +24,7 @@ from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import DenoiseRow, DraftRow, EncodeRow, EngineLimits, SequencePages
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 
+CONFIDENCE = 0.9  # positions that the drafter is less sure of start as noise
 _CALLS = 60  # timed, after as many that are not
 _SEED = 20261121  # of the held-out prompts
 
@@ -44,12 +45,12 @@ class Answers:
 
 
 def measure_answers(
-    engine: Path, draft_model: Path | None, count: int, threads: int, seed: int = _SEED
+    engine: Path, draft_model: Path | None, count: int, threads: int, **more: Any
 ) -> dict[str, Answers]:
-    """By skill and over `all`; `count` held-out prompts of each, with seeds 0, 1, ..."""
-    examples = [example for skill in SKILLS for example in held_out_set(skill, count, seed)]
+    """By skill and over `all`; `count` held-out prompts of each, seeds 0, 1, ...; `more` are request parameters."""
+    examples = [example for skill in SKILLS for example in held_out_set(skill, count, _SEED)]
     prompts = [Prompt(str(index), render_turn(example.prompt)) for index, example in enumerate(examples)]
-    with Distiller(engine, threads=threads, draft_model=draft_model) as distiller:
+    with Distiller(engine, threads=threads, draft_model=draft_model, **more) as distiller:
         records = {int(record.group): record for record in distiller.records(prompts, seed=0)}
         found: dict[str, list[tuple[bool, Record]]] = {"all": []}
         for index, example in enumerate(examples):
@@ -94,10 +95,12 @@ def _cpu_ms(call: Callable[[], object]) -> float:
     return 1e3 * median(taken[_CALLS:])
 
 
-def measure(engine: Path, draft_model: Path, count: int, threads: int) -> dict[str, Any]:
-    """Everything, for a JSON file."""
+def measure(
+    engine: Path, draft_model: Path, count: int, threads: int, confidence: float = CONFIDENCE
+) -> dict[str, Any]:
+    """Everything, for a JSON file; `confidence` is the request parameter `draft_confidence`."""
     without = measure_answers(engine, None, count, threads)
-    with_drafter = measure_answers(engine, draft_model, count, threads)
+    with_drafter = measure_answers(engine, draft_model, count, threads, draft_confidence=confidence)
     groups = {
         name: {
             "without": asdict(without[name]) | {"steps_per_canvas": without[name].steps_per_canvas},
@@ -106,7 +109,12 @@ def measure(engine: Path, draft_model: Path, count: int, threads: int) -> dict[s
         }
         for name in without
     }
-    return {"held_out_per_skill": count, "calls": measure_calls(engine, draft_model), "groups": groups}
+    return {
+        "held_out_per_skill": count,
+        "draft_confidence": confidence,
+        "calls": measure_calls(engine, draft_model),
+        "groups": groups,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,9 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--draft-model", type=Path, required=True, help="engine directory of the drafter")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--count", type=int, default=100, help="of held-out prompts of every skill")
+    parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="draft_confidence of the requests")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
-    found = measure(args.engine, args.draft_model, args.count, args.threads)
+    found = measure(args.engine, args.draft_model, args.count, args.threads, args.confidence)
     args.output.write_text(json.dumps(found, indent=2) + "\n")
     for name, group in found["groups"].items():
         before, after = group["without"], group["with"]
