@@ -63,7 +63,7 @@ def canvases(directory: Path, requests: Sequence[GenerationRequest], at_once: in
 
 
 def drafted(setting: Setting, name: str, verification: str) -> list[GenerationRequest]:
-    """Drafts of every kind, by turns: the own output, that with wrong tokens, noise, its beginning, none."""
+    """Drafts of every kind, by turns: the own output, that with wrong tokens, noise, its beginning, lookup, none."""
     directory = setting.engine(name)
     plain = plain_requests(setting, name)
     outputs = [outcome.result().token_ids for outcome in run(directory, plain, at_once=3)[0]]
@@ -72,9 +72,14 @@ def drafted(setting: Setting, name: str, verification: str) -> list[GenerationRe
     for index, (request, output) in enumerate(zip(plain, outputs, strict=True)):
         noise = random.integers(0, vocabulary, len(output), np.int32)
         wrong = np.where(random.random(len(output)) < 0.15, noise, output)
-        draft: Int32Array | None = [output, wrong, noise, output[: 1 + len(output) // 2], None][index % 5]
+        draft: Int32Array | None = [output, wrong, noise, output[: 1 + len(output) // 2], None, None][index % 6]
         changes: dict[str, Any] = {"draft_verification": verification}
-        if draft is not None:
+        if index % 6 == 4:
+            request = replace(
+                request, prompt=np.tile(np.asarray(request.prompt, np.int32), 2)
+            )  # so that its end recurs
+            changes["drafter"] = "lookup"
+        elif draft is not None:
             changes["drafter"] = "auto"
         requests.append(replace(request, parameters=replace(request.parameters, **changes), draft=draft))
     return requests
@@ -86,7 +91,9 @@ def test_what_is_committed_is_the_denoisers_argmax(name: str, verification: str,
     _, audit, _ = run(setting.engine(name), drafted(setting, name, verification), at_once=3)
 
     records = audit.ended.values()
-    assert sum(record.proposal is not None for record in records) >= 4
+    sources = [record.proposal.source for record in records if record.proposal is not None]
+    assert len(sources) >= 5
+    assert set(sources) == {"client", "lookup"}
     if name == "demo" and verification == "direct":  # random weights are never as sure
         assert any(len(record.argmax) == 1 for record in records), "no draft was accepted whole"
     assert any(len(record.argmax) > 2 for record in records)
@@ -146,9 +153,7 @@ def test_the_own_text_stays_as_it_is(verification: str, setting: Setting) -> Non
 def test_a_seed_means_the_same_alone_and_in_company(name: str, verification: str, setting: Setting) -> None:
     """With halves: alone there is no slot to lend, with few companions there is one, with many there is none."""
     directory, requests = setting.engine(name), drafted(setting, name, verification)
-    alone: Canvases = {}
-    for request in requests:
-        alone |= canvases(directory, [request], at_once=1)[0]
+    alone, _ = canvases(directory, requests, at_once=1)
     for at_once in (3, 16):
         assert canvases(directory, requests, at_once)[0] == alone
 
