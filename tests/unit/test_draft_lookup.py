@@ -92,7 +92,7 @@ def test_the_longest_match_before_the_latest() -> None:
 
 
 def test_a_period_goes_on() -> None:
-    proposal = propose(ids([8, 9, *[1, 2, 3] * 5]), 0, 8)
+    proposal = propose(ids([8, 9, *[1, 2, 3] * 7]), 0, 8)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [1, 2, 3, 1, 2, 3, 1, 2]
 
@@ -151,6 +151,13 @@ def test_nothing_is_proposed_behind_an_end_token() -> None:
     assert (proposal.confidences > 0).tolist() == [True, True] + [False] * (CANVAS - 2)
 
 
+def test_the_clients_draft_wins_while_it_is_copied() -> None:
+    text, draft = ids([7, *LINE, 50, 7, *LINE]), ids([*LINE, 60, 61])
+    proposal = propose(text, 0, 4, draft=draft)
+    assert proposal is not None
+    assert proposal.token_ids.tolist() == [60, 61, NOTHING, NOTHING]
+
+
 def test_the_clients_draft_wins_ties() -> None:
     text, draft = ids([*LINE, 50, *LINE]), ids([*LINE, 60, 61])
     proposal = propose(text, 0, 4, draft=draft)
@@ -158,8 +165,8 @@ def test_the_clients_draft_wins_ties() -> None:
     assert proposal.token_ids.tolist() == [60, 61, NOTHING, NOTHING]
 
 
-def test_a_longer_match_in_the_text_wins_over_the_clients_draft() -> None:
-    text, draft = ids([7, *LINE, 50, 7, *LINE]), ids([*LINE, 60, 61])
+def test_a_strong_match_in_the_text_wins_over_a_weak_one_with_the_clients_draft() -> None:
+    text, draft = ids([*LINE, 50, *LINE]), ids([*LINE[-MIN_MATCH:], 60, 61])
     proposal = propose(text, 0, 1, draft=draft)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50]
@@ -169,6 +176,11 @@ def test_the_clients_draft_where_the_text_repeats_nothing() -> None:
     proposal = propose(ids([20, 21, 1, 2, 3, 4]), 0, 2, draft=ids([1, 2, 3, 4, 60, 61]))
     assert proposal is not None
     assert proposal.token_ids.tolist() == [60, 61]
+
+
+def test_a_draft_that_is_at_its_end() -> None:
+    draft = ids([*LINE, 30, 31, 32, 33, 34, 35, 36, 37])
+    assert propose(ids([20, 21, *draft]), 2, CANVAS, draft=draft) is None
 
 
 def test_a_draft_that_has_nothing_to_do_with_the_text() -> None:

@@ -19,7 +19,7 @@ from dgemma_runtime.drafting.edits import Copy, carry_on, look_ahead, look_back
 from dgemma_runtime.drafting.proposal import Proposal, lay_out
 
 MIN_MATCH = 4  # tokens, to look at a place at all
-MIN_STRENGTH = 12  # tokens, of all but a client's draft; what follows less is wrong too often, and that costs steps
+MIN_STRENGTH = 16  # tokens, of all but a client's draft; what follows less is wrong too often, and that costs steps
 MAX_MATCH = 64  # tokens; longer matches count as long as this
 _CUTS = (0, 8)  # tokens left off the text's end: behind a fresh edit nothing matches
 _FEW = 256  # places; so many at most are compared one by one
@@ -78,31 +78,42 @@ def propose(
 ) -> Proposal | None:
     """A canvas for the end of `text` [n], prompt and output so far; None where too little of its end was there before.
 
-    The strongest of: the output goes on copying the client's `draft`, which wins ties; it goes on copying the prompt;
-    it repeats itself, again and again where the match reaches its end. Nothing is proposed behind an end token.
+    While the output copies the client's `draft`, edits aside, that goes on. Otherwise the strongest of: it goes on
+    copying the prompt; it repeats itself, again and again where the match reaches its end; a weak match with the draft.
+    Nothing is proposed behind an end token.
 
     Chats repeat the marker in front of every answer; alone it is too short to bring back the answer before.
     """
-    found: list[tuple[int, Iterator[int]]] = []
-    for source, least in ((draft, MIN_MATCH), (text[:prompt_length], MIN_STRENGTH)):
-        copy = None if source is None else _followed(source, text, len(text) - prompt_length)
-        if source is not None and copy is not None and copy.strength >= least:
-            found.append((copy.strength, carry_on(source, copy, canvas_length)))
-    match = longest_match(text, text)
-    if match is not None and match.length >= MIN_STRENGTH:
-        found.append((match.length, iter(np.resize(text[match.end :], canvas_length).tolist())))
+    written = len(text) - prompt_length
+    found = [] if draft is None else _copied(draft, text, written, canvas_length)
+    if not found or found[0][0] < MIN_STRENGTH:
+        others = _copied(text[:prompt_length], text, written, canvas_length) + _repeated(text, canvas_length)
+        found += [other for other in others if other[0] >= MIN_STRENGTH]
     if not found:
         return None
     strength, following = max(found, key=lambda item: item[0])
-    ids = list(_until_end(islice(following, canvas_length), end_ids))
+    if not (ids := list(_until_end(islice(following, canvas_length), end_ids))):
+        return None
     return lay_out(np.array(ids, np.int32), confidences(strength, len(ids)), canvas_length, "lookup")
 
 
-def _followed(source: Int32Array, text: Int32Array, output_length: int) -> Copy | None:
+def _copied(source: Int32Array, text: Int32Array, written: int, length: int) -> list[tuple[int, Iterator[int]]]:
+    """How strongly the text copies the source, and what comes next; nothing where it does not."""
+    copy = _followed(source, text, written)
+    return [] if copy is None else [(copy.strength, carry_on(source, copy, length))]
+
+
+def _repeated(text: Int32Array, length: int) -> list[tuple[int, Iterator[int]]]:
+    """How strongly the text repeats itself, and what comes next."""
+    match = longest_match(text, text)
+    return [] if match is None else [(match.length, iter(np.resize(text[match.end :], length).tolist()))]
+
+
+def _followed(source: Int32Array, text: Int32Array, written: int) -> Copy | None:
     """The strongest way in which the text goes on from a place of the source."""
     copies: list[Copy] = []
     for cut in _CUTS:
-        if cut and output_length <= cut:
+        if cut and written <= cut:
             continue
         known, rest = text[: len(text) - cut], text[len(text) - cut :]
         match = longest_match(source, known)
