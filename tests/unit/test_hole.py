@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from dgemma_runtime.contract import DenoiseRow, Float32Array, Int32Array, SequencePages
-from dgemma_runtime.drafting.hole import MOST_PASSES, Hole, HoleCanvas, HoleText, LengthSearch
+from dgemma_runtime.drafting.hole import MOST_LENGTHS, Hole, HoleCanvas, HoleText, search
 from dgemma_runtime.errors import EngineError, InvalidRequest
 from dgemma_runtime.noise import CanvasNoise
 from dgemma_runtime.parameters import default_parameters, parse_parameters
@@ -32,50 +34,67 @@ def text_with_suffix_at(place: int) -> Int32Array:
     return ids
 
 
-def agree(search: LengthSearch, entropy: float) -> None:
-    """A pass in which the denoiser takes the suffix where it is pinned."""
-    search.judge(text_with_suffix_at(search.length), SURE + np.float32(entropy))
+Seen = tuple[Int32Array, Float32Array]  # argmax ids, entropies
+
+
+def found(most: int, denoise: Callable[[int, int], Seen]) -> tuple[int, list[tuple[int, int]]]:
+    """The length that is taken, and (length, passes) of all that was asked for."""
+    asked: list[tuple[int, int]] = []
+    looking = search(SUFFIX, most)
+    try:
+        asked.append(next(looking))
+        while True:
+            asked.append(looking.send(denoise(*asked[-1])))
+    except StopIteration as stop:
+        return stop.value, asked
 
 
 # ---------------------------------------------------------------- the search
 
 
 def test_it_goes_where_the_denoiser_has_the_suffix_and_looks_beside_it() -> None:
-    search, tried = LengthSearch(SUFFIX, 20), []
-    while not search.done:
-        tried.append(search.length)
-        search.judge(text_with_suffix_at(7), SURE)
-    assert tried == [10, 7, 6, 8]
-    assert search.length == 7
+    length, asked = found(20, lambda length, passes: (text_with_suffix_at(7), SURE))
+    assert asked == [(10, 1), (7, 1), (6, 1), (8, 1)]
+    assert length == 7
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 29])
-def test_a_denoiser_that_never_agrees_ends_it_too(most: int) -> None:
-    search, passes, tried = LengthSearch(SUFFIX, most), 0, set()
-    while not search.done:
-        assert 1 <= search.length <= most
-        assert search.length not in tried
-        tried.add(search.length)
-        search.judge(np.zeros(LENGTH, np.int32), SURE)
-        passes += 1
-    assert passes == len(tried) <= MOST_PASSES
-    assert search.length in tried
+@pytest.mark.parametrize("agrees", [False, True])
+def test_a_denoiser_that_takes_all_or_nothing_ends_it_too(most: int, agrees: bool) -> None:
+    def denoise(length: int, passes: int) -> Seen:
+        return text_with_suffix_at(length) if agrees else np.zeros(LENGTH, np.int32), SURE
+
+    length, asked = found(most, denoise)
+    assert all(1 <= length <= most for length, _ in asked)
+    assert len(set(asked)) == len(asked)
+    assert sum(passes for _, passes in asked) <= 3 * MOST_LENGTHS
+    assert length in {length for length, _ in asked}
 
 
-def test_of_lengths_that_fit_alike_the_surest_is_taken() -> None:
-    search = LengthSearch(SUFFIX, 20)
-    while not search.done:
-        agree(search, abs(search.length - 12))
-    assert search.length == 12
+def test_of_lengths_that_fit_alike_the_surest_after_two_passes_is_taken() -> None:
+    def denoise(length: int, passes: int) -> Seen:
+        entropy = abs(length - 12) if passes == 2 else length
+        return text_with_suffix_at(length), SURE + np.float32(entropy)
+
+    length, asked = found(20, denoise)
+    assert length == 12
+    assert asked[:4] == [(10, 1), (9, 1), (9, 2), (11, 1)]
+
+
+def test_what_disagrees_more_gets_no_second_pass() -> None:
+    def denoise(length: int, passes: int) -> Seen:
+        return text_with_suffix_at(length) if length > 7 else np.zeros(LENGTH, np.int32), SURE + np.float32(length)
+
+    length, asked = found(16, denoise)
+    assert length == 8
+    assert (7, 2) not in asked
 
 
 def test_few_disagreements_count_more_than_certainty() -> None:
-    search = LengthSearch(SUFFIX, 2)
-    assert search.length == 1
-    search.judge(np.zeros(LENGTH, np.int32), SURE)
-    assert search.length == 2
-    agree(search, 1)
-    assert (search.done, search.length) == (True, 2)
+    def denoise(length: int, passes: int) -> Seen:
+        return text_with_suffix_at(2), SURE if length == 1 else SURE + 1
+
+    assert found(2, denoise)[0] == 2
 
 
 # ---------------------------------------------------------------- the canvas
@@ -131,6 +150,30 @@ def test_a_search_that_ends_with_the_best_length_goes_on_from_there() -> None:
     ours, denoiser = hole(most=1), Denoiser(1)
     denoiser.run(canvas_of(ours))
     assert [row.first_step for row in denoiser.rows] == [True, False]
+
+
+def test_a_second_pass_goes_on_from_the_first() -> None:
+    """The denoiser takes the suffix wherever it is, so two passes decide; the noise is sure of 3."""
+    ours, rows = hole(most=4), []
+    canvas = canvas_of(ours)
+    pages = SequencePages(np.zeros(1, np.int32), np.zeros(1, np.int32))
+    for _ in range(40):
+        rows.append((ours.tokens, canvas.row(0, 9, pages).first_step))
+        ids = text_with_suffix_at(ours.tokens)
+        if canvas.advance(ids, ids, SURE + np.float32(0 if ours.tokens == 3 else 1)):
+            break
+    assert ours.tokens == 3
+    assert rows[:6] == [(2, True), (1, True), (1, False), (3, True), (3, False), (2, True)]
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_one_step_a_canvas_is_enough(most: int) -> None:
+    ours = hole(most=most)
+    canvas = HoleCanvas(replace(DEFAULTS, max_denoising_steps=1), CanvasNoise(3, 0, LENGTH, 1000), ours)
+    denoiser = Denoiser(1)
+    assert np.array_equal(denoiser.run(canvas), text_with_suffix_at(1))
+    assert ours.tokens == 1
+    assert all(row.first_step for row in denoiser.rows)
 
 
 def test_numbers_that_are_none_end_it_in_the_search_too() -> None:
@@ -189,7 +232,7 @@ def test_a_request_with_a_suffix(start: Start, values: dict[str, Any]) -> None:
     statistics = finished.statistics
     assert (statistics.hole_tokens, statistics.suffix_tokens, statistics.num_output_tokens) == (4, 4, 4)
     assert statistics.canvases == 1
-    assert recorder.commits[0].steps < statistics.denoising_steps <= recorder.commits[0].steps + MOST_PASSES
+    assert recorder.commits[0].steps < statistics.denoising_steps <= recorder.commits[0].steps + 3 * MOST_LENGTHS
 
 
 def test_beside_others_and_with_a_seed_it_is_the_same(start: Start) -> None:

@@ -1,12 +1,13 @@
 """Text between a prompt and a suffix: a canvas with the suffix pinned behind a hole, whose length the denoiser tells.
 
 A pass with the suffix in a wrong place shows where the denoiser would rather have it: its argmax disagrees with what is
-pinned there, and often has the suffix somewhere else, which is the length to try next. One pass per length, from the
-same noise; a handful do. Knows no request, no engine and no other canvas.
+pinned there, and often has the suffix somewhere else, which is the length to try next. All lengths start from the same
+noise; a handful of passes do. Knows no request, no engine and no other canvas.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from dgemma_runtime.noise import CanvasNoise
 from dgemma_runtime.parameters import GenerationParameters
 from dgemma_runtime.sampler import mean_entropy
 
-MOST_PASSES = 12  # of a search
+MOST_LENGTHS = 8  # that are looked at with one pass, before those beside the best; and with two
 _SPREAD = (1 / 2, 1, 1 / 4, 3 / 4, 1 / 8, 3 / 8, 5 / 8, 7 / 8)  # of the longest hole, where nothing points elsewhere
 _POINTS = 0.5  # share of the suffix that the argmax must have elsewhere, to be followed there
 
@@ -40,49 +41,62 @@ class Hole:
         return Hole(pinned, min(max_tokens, canvas_length - len(pinned)))
 
 
-class LengthSearch:
-    """Decides which lengths of a hole to try, and which is the best. `length` is the one to try; once `done`, the best.
+def search(
+    suffix_ids: Int32Array, most_tokens: int
+) -> Generator[tuple[int, int], tuple[Int32Array, Float32Array], int]:
+    """Asks for (length of the hole, passes), is sent argmax ids and entropies [canvas_length] of the last of them, and
+    returns the length to take.
 
-    The best one has the fewest positions of the suffix where the argmax disagrees; among those, the lowest mean entropy
-    of hole and suffix.
+    First a length is looked for at which the argmax agrees with the suffix, or disagrees least. Where it disagrees no
+    more with a length beside it, two passes of each decide: disagreements, then the mean entropy of hole and suffix.
     """
+    wrong: dict[int, int] = {}  # by length, positions of the suffix where the argmax disagrees
+    surest: dict[int, tuple[int, float]] = {}  # after two passes
+    length: int | None = _spread(most_tokens)[0]
+    while length is not None and len(wrong) < MOST_LENGTHS:
+        argmax_ids, _ = yield length, 1
+        wrong[length] = len(suffix_ids) - _found(suffix_ids, argmax_ids, length)
+        length = _next(suffix_ids, argmax_ids, most_tokens, wrong) if wrong[length] else None
+    best = min(wrong, key=wrong.__getitem__)
+    while True:
+        beside = [length for length in (best - 1, best + 1) if 1 <= length <= most_tokens]
+        for length in beside:
+            if length not in wrong:
+                argmax_ids, _ = yield length, 1
+                wrong[length] = len(suffix_ids) - _found(suffix_ids, argmax_ids, length)
+            if wrong[length] <= wrong[best] and length not in surest:
+                surest[length] = _judged(suffix_ids, length, (yield length, 2))
+        rivals = [length for length in beside if length in surest]
+        if not rivals or len(surest) >= MOST_LENGTHS:
+            return best
+        if best not in surest:
+            surest[best] = _judged(suffix_ids, best, (yield best, 2))
+        before, best = best, min((best, *rivals), key=surest.__getitem__)
+        if best == before:
+            return best
 
-    def __init__(self, suffix_ids: Int32Array, most_tokens: int) -> None:
-        self._suffix_ids, self._most = suffix_ids, most_tokens
-        self._tried: dict[int, tuple[int, float]] = {}
-        self._spread = [max(1, round(share * most_tokens)) for share in _SPREAD]
-        self.length = self._spread[0]
-        self.done = False
 
-    def judge(self, argmax_ids: Int32Array, entropies: Float32Array) -> None:
-        """Of a pass, each [canvas_length], with the suffix pinned behind a hole of `length`."""
-        end = self.length + len(self._suffix_ids)
-        wrong = len(self._suffix_ids) - self._found(argmax_ids, self.length)
-        self._tried[self.length] = wrong, float(mean_entropy(entropies[:end]))
-        following = self._next(argmax_ids) if len(self._tried) < MOST_PASSES else None
-        self.done = following is None
-        self.length = self._best if following is None else following
+def _judged(suffix_ids: Int32Array, length: int, seen: tuple[Int32Array, Float32Array]) -> tuple[int, float]:
+    wrong = len(suffix_ids) - _found(suffix_ids, seen[0], length)
+    return wrong, float(mean_entropy(seen[1][: length + len(suffix_ids)]))
 
-    @property
-    def _best(self) -> int:
-        return min(self._tried, key=self._tried.__getitem__)  # the one tried first, of equal ones
 
-    def _next(self, argmax_ids: Int32Array) -> int | None:
-        best = self._best
-        if self._tried[best][0]:
-            untried = [length for length in range(1, self._most + 1) if length not in self._tried]
-            likely = max(untried, key=lambda length: self._found(argmax_ids, length), default=None)
-            if likely is not None and self._found(argmax_ids, likely) >= _POINTS * len(self._suffix_ids):
-                return likely
-            for length in self._spread:
-                if length not in self._tried:
-                    return length
-        beside = (best - 1, best + 1)
-        return next((n for n in beside if 1 <= n <= self._most and n not in self._tried), None)
+def _next(suffix_ids: Int32Array, argmax_ids: Int32Array, most_tokens: int, tried: Collection[int]) -> int | None:
+    """Where the argmax has the suffix, else the next one of those that are spread over all lengths."""
+    untried = [length for length in range(1, most_tokens + 1) if length not in tried]
+    likely = max(untried, key=lambda length: _found(suffix_ids, argmax_ids, length), default=None)
+    if likely is not None and _found(suffix_ids, argmax_ids, likely) >= _POINTS * len(suffix_ids):
+        return likely
+    return next((length for length in _spread(most_tokens) if length not in tried), None)
 
-    def _found(self, argmax_ids: Int32Array, length: int) -> int:
-        """Tokens of the suffix that stand behind a hole of this length."""
-        return int(np.count_nonzero(argmax_ids[length:][: len(self._suffix_ids)] == self._suffix_ids))
+
+def _spread(most_tokens: int) -> list[int]:
+    return [max(1, round(share * most_tokens)) for share in _SPREAD]
+
+
+def _found(suffix_ids: Int32Array, argmax_ids: Int32Array, length: int) -> int:
+    """Tokens of the suffix that stand behind a hole of this length."""
+    return int(np.count_nonzero(argmax_ids[length:][: len(suffix_ids)] == suffix_ids))
 
 
 class HoleCanvas(Canvas):
@@ -93,8 +107,10 @@ class HoleCanvas(Canvas):
 
     def __init__(self, parameters: GenerationParameters, noise: CanvasNoise, hole: Hole) -> None:
         self._hole = hole
-        self._search: LengthSearch | None = LengthSearch(hole.suffix_ids, hole.most_tokens)
-        self._begin(parameters, noise, self._search.length)
+        self._search = search(hole.suffix_ids, hole.most_tokens)
+        self._passes = 0  # of the present length that the search waits for; 0: it has ended
+        length, self._passes = next(self._search)
+        self._begin(parameters, noise, length)
 
     def _begin(self, parameters: GenerationParameters, noise: CanvasNoise, tokens: int) -> None:
         suffix_ids, length = self._hole.suffix_ids, len(noise.initial())
@@ -106,14 +122,16 @@ class HoleCanvas(Canvas):
 
     def advance(self, argmax_ids: Int32Array, sampled_ids: Int32Array, entropies: Float32Array) -> bool:
         ended = super().advance(argmax_ids, sampled_ids, entropies)
-        if self._search is None:
+        if self.step < self._passes and not ended:
+            return False
+        if self._passes == 0:
             return ended
-        self._search.judge(argmax_ids, entropies)
-        tokens = self._search.length
-        if self._search.done:
-            self._search = None
-            if tokens == self._hole.tokens:  # this pass was the canvas's first step
-                return ended
+        try:
+            tokens, self._passes = self._search.send((argmax_ids, entropies))
+        except StopIteration as stop:
+            tokens, self._passes = stop.value, 0
+        if tokens == self._hole.tokens and not (ended and self._passes):
+            return ended  # it goes on from here
         shown = self.argmax_ids
         self._begin(self._parameters, self._noise, tokens)
         self.argmax_ids = shown
