@@ -16,6 +16,7 @@ from dgemma_build.accept.planted import Planter
 from dgemma_build.accept.table import Result, Row, Setting
 from dgemma_build.bench.__main__ import MID, prepare
 from dgemma_build.bench.drafted import QUEUE_SIZE, Answers, ask
+from dgemma_build.bench.drafters import random_drafter
 from dgemma_build.bench.drafts import STEPS, measure_clock
 from dgemma_build.bench.inprocess import running_service
 from dgemma_build.bench.revisions import Task, revisions, skill_tasks
@@ -274,7 +275,7 @@ def _holds(prompt: str, text: str) -> bool:
 def _clock(setting: Setting) -> Result:
     """Seconds saved over what the saved steps would have taken; the verification that is not the default is shown."""
     prepare(MID)
-    points = measure_clock(MID.engine, (1, 8), 5, STEPS, lambda text: None)
+    points = measure_clock(MID.engine, random_drafter(MID), (1, 8), 5, STEPS, lambda text: None)
     figure = ", ".join(f"{point.drafter} at {point.concurrency}: {point.saved_share:.0%}" for point in points)
     others = {f"client, {mode}" for mode in VERIFICATIONS if mode != DEFAULT}
     passed = all(point.saved_share >= CLOCK_SHARE for point in points if point.drafter not in others)

@@ -5,10 +5,10 @@ Two parts, both on our service in this process, in interleaved rounds.
 The demo's held-out skills and revisions, eight requests at once, with no drafter, with each drafter, and with the
 answers themselves as the client's drafts (`oracle`): steps per canvas, tokens per second, right answers.
 
-The clock, on the mid-size model at 1 and 8 at once: seconds that a draft saves beside the steps that it saves. Its
-weights are random, so no draft could be right; the stopping rule is loosened until every draft counts as right, which
-changes nothing of what a pass costs. Without a draft a canvas takes a fixed number of steps; what a step takes is the
-difference to half as many.
+The clock, on the mid-size model at 1 and 8 at once: seconds that a draft saves beside the steps that it saves. The
+model's weights and its drafter's are random, so no draft could be right; the stopping rule is loosened until every
+draft counts as right, which changes nothing of what a pass costs. Without a draft a canvas takes a fixed number of
+steps; what a step takes is the difference to half as many.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rich.table import Table
 
 from dgemma_build.bench.__main__ import DEMO, MID, ROOT, THREADS, prepare
 from dgemma_build.bench.drafted import QUEUE_SIZE, Answers, ask
+from dgemma_build.bench.drafters import demo_drafter, random_drafter
 from dgemma_build.bench.figure import GREEN, GREY, svg_figure
 from dgemma_build.bench.inprocess import running_service
 from dgemma_build.bench.report import Environment, points_line
@@ -38,7 +39,7 @@ from dgemma_runtime.parameters import VERIFICATIONS
 from dgemma_runtime.service import Service
 
 RESULT, PLOT = "drafts.json", "drafts.svg"
-OFF, ORACLE, LOOKUP = "off", "oracle", "lookup"
+OFF, ORACLE, LOOKUP, MODEL = "off", "oracle", "lookup", "model"
 SETTINGS: dict[str, Any] = {"threads": THREADS, "queue_size": QUEUE_SIZE, "prefix_cache": False}
 STEPS = 8  # of a canvas without a draft, on the mid-size model
 _ANY_DRAFT_COUNTS: dict[str, Any] = {"stability_threshold": 0, "confidence_threshold": 1e3}
@@ -72,12 +73,14 @@ class ClockPoint:
 # ---------------------------------------------------------------- skills
 
 
-def measure_skills(directory: Path, count: int, rounds: int, say: Callable[[str], None]) -> list[SkillPoint]:
+def measure_skills(
+    directory: Path, drafter: Path, count: int, rounds: int, say: Callable[[str], None]
+) -> list[SkillPoint]:
     """Every kind of task, `count` of each."""
     kinds = {skill: skill_tasks(skill, count) for skill in SKILLS} | revisions(count)
     points = []
     template = ChatTemplate.load(directory)
-    with running_service(directory, 8, **SETTINGS) as service:
+    with running_service(directory, 8, draft_model=str(drafter), **SETTINGS) as service:
         for kind, tasks in kinds.items():
             say(f"demo: {kind}")
             prompts = [
@@ -92,7 +95,7 @@ def _kind(service: Service, kind: str, tasks: Sequence[Task], prompts: list[str]
     own = [answer.token_ids for answer in ask(service, prompts, drafter=OFF).each]  # warms up, too
     runs: dict[str, list[Answers]] = {}
     for _ in range(rounds):
-        for drafter in (OFF, LOOKUP):
+        for drafter in (OFF, LOOKUP, MODEL):
             runs.setdefault(drafter, []).append(ask(service, prompts, drafter=drafter))
         runs.setdefault(ORACLE, []).append(ask(service, prompts, drafts=own))
     return [skill_point(kind, drafter, tasks, found, runs[OFF]) for drafter, found in runs.items()]
@@ -118,13 +121,14 @@ def skill_point(
 
 
 def measure_clock(
-    directory: Path, levels: Sequence[int], rounds: int, steps: int, say: Callable[[str], None]
+    directory: Path, drafter: Path, levels: Sequence[int], rounds: int, steps: int, say: Callable[[str], None]
 ) -> list[ClockPoint]:
     """Every number of requests at once; one canvas each."""
     points, model = [], Manifest.load(directory).model
     for concurrency in levels:
         # halves want a second slot per canvas
-        with running_service(directory, 2 * concurrency, max_model_len=2048, **SETTINGS) as service:
+        settings = {**SETTINGS, "max_model_len": 2048, "draft_model": str(drafter)}
+        with running_service(directory, 2 * concurrency, **settings) as service:
             say(f"mid-size: {concurrency} at once")
             points += _clock(service, model, concurrency, rounds, steps)
     return points
@@ -140,7 +144,7 @@ def _clock(service: Service, model: ModelSpec, concurrency: int, rounds: int, st
         return ask(service, prompts, drafter=OFF, stability_threshold=-1, max_denoising_steps=most, **fixed)
 
     own = [answer.token_ids for answer in off(steps).each]
-    contenders: dict[str, dict[str, Any]] = {LOOKUP: {"drafter": LOOKUP}}
+    contenders: dict[str, dict[str, Any]] = {name: {"drafter": name} for name in (LOOKUP, MODEL)}
     contenders |= {f"client, {mode}": {"drafts": own, "draft_verification": mode} for mode in VERIFICATIONS}
     runs: dict[str, list[Answers]] = {}
     half, whole = [], []
@@ -185,10 +189,10 @@ def run(quick: bool, say: Callable[[str], None]) -> Points:
     """Build what is missing and measure."""
     prepare(DEMO)
     count, rounds = (8, 2) if quick else (40, 5)
-    skills = measure_skills(DEMO.engine, count, rounds, say)
+    skills = measure_skills(DEMO.engine, demo_drafter(), count, rounds, say)
     prepare(MID)
     levels, rounds, steps = ((1,), 1, 4) if quick else ((1, 8), 5, STEPS)
-    clock = measure_clock(MID.engine, levels, rounds, steps, say)
+    clock = measure_clock(MID.engine, random_drafter(MID), levels, rounds, steps, say)
     return Points(tuple(skills), tuple(clock))
 
 
