@@ -67,8 +67,25 @@ def test_a_denoiser_that_takes_all_or_nothing_ends_it_too(most: int, agrees: boo
     length, asked = found(most, denoise)
     assert all(1 <= length <= most for length, _ in asked)
     assert len(set(asked)) == len(asked)
-    assert sum(passes for _, passes in asked) <= 3 * MOST_LENGTHS
+    assert sum(passes for _, passes in asked) <= 4 * MOST_LENGTHS
     assert length in {length for length, _ in asked}
+
+
+def test_no_denoiser_is_asked_more_than_a_few_dozen_times() -> None:
+    random = np.random.default_rng(4)
+    for _ in range(500):
+        favour, slope = random.random(), random.normal()
+
+        def denoise(length: int, passes: int, favour: float = favour, slope: float = slope) -> Seen:
+            ids = random.integers(699, 704, LENGTH).astype(np.int32)
+            if random.random() < favour:
+                ids[length : length + len(SUFFIX)] = SUFFIX
+            return ids, SURE + np.float32(abs(slope * length))
+
+        most = int(random.integers(1, LENGTH - len(SUFFIX) + 1))
+        length, asked = found(most, denoise)
+        assert 1 <= length <= most
+        assert sum(passes for _, passes in asked) <= 4 * MOST_LENGTHS
 
 
 def test_of_lengths_that_fit_alike_the_surest_after_two_passes_is_taken() -> None:
@@ -232,7 +249,7 @@ def test_a_request_with_a_suffix(start: Start, values: dict[str, Any]) -> None:
     statistics = finished.statistics
     assert (statistics.hole_tokens, statistics.suffix_tokens, statistics.num_output_tokens) == (4, 4, 4)
     assert statistics.canvases == 1
-    assert recorder.commits[0].steps < statistics.denoising_steps <= recorder.commits[0].steps + 3 * MOST_LENGTHS
+    assert recorder.commits[0].steps < statistics.denoising_steps <= recorder.commits[0].steps + 4 * MOST_LENGTHS
 
 
 def test_beside_others_and_with_a_seed_it_is_the_same(start: Start) -> None:
