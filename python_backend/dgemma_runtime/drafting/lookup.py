@@ -1,7 +1,7 @@
 """Prompt lookup: drafts a canvas from what the prompt, the output or a client repeats. Knows token ids, no request.
 
 There is no index. A canvas begins once in a dozen denoising steps, and scans with numpy find the longest match in 0.1
-to 0.3 ms for 262,144 tokens of text, in 10 to 20 ms where one token is repeated all through it (python -m
+to 0.3 ms for 262,144 tokens of text, in 10 to 25 ms where one token is repeated all through it (python -m
 dgemma_build.bench.lookup). An automaton would make every prompt pay at its arrival for what most requests never use,
 and would need tens of megabytes beside a long one.
 """
