@@ -17,7 +17,7 @@ from dgemma_build.accept.table import Result, Row, Setting
 from dgemma_build.bench.__main__ import MID, prepare
 from dgemma_build.bench.drafted import QUEUE_SIZE, Answers, ask
 from dgemma_build.bench.drafters import random_drafter
-from dgemma_build.bench.drafts import STEPS, measure_clock
+from dgemma_build.bench.drafts import MODEL_CONFIDENCE, STEPS, measure_clock
 from dgemma_build.bench.inprocess import running_service
 from dgemma_build.bench.revisions import Task, revisions, skill_tasks
 from dgemma_build.demo.skills import SKILLS, sudoku_template
@@ -191,6 +191,32 @@ def _planted(setting: Setting) -> Result:
     return _audit_result(figure, passed, audit, details)
 
 
+def _unfinished(setting: Setting) -> Result:
+    """What the denoiser itself would say after one step: fluent, and wrong as a denoiser is."""
+    directory, count = setting.engine("demo"), _count(setting)
+    runs = {"plain": _plain(directory, count)}
+    with _audited_service(directory) as (service, audit):
+        prompts = {kind: _prompts(directory, tasks) for kind, tasks in _skills(count).items()}
+        drafts = {kind: ask(service, each, drafter="off", max_denoising_steps=1) for kind, each in prompts.items()}
+        runs["one step"] = {kind: _Scored.of(tasks, drafts[kind]) for kind, tasks in _skills(count).items()}
+        for mode in VERIFICATIONS:
+            runs[mode] = {
+                kind: _Scored.of(
+                    tasks,
+                    ask(
+                        service,
+                        prompts[kind],
+                        drafts=[answer.token_ids for answer in drafts[kind].each],
+                        draft_verification=mode,
+                    ),
+                )
+                for kind, tasks in _skills(count).items()
+            }
+    figure = "right, of 100: " + ", ".join(f"{name} {_percent(run):.1f}" for name, run in runs.items())
+    passed = _percent(runs["plain"]) - _percent(runs[DEFAULT]) <= REPAIRED_POINTS
+    return _audit_result(figure, passed, audit, {name: _by_kind(run) for name, run in runs.items()})
+
+
 def _digits(kind: str) -> str:
     """That may stand in an answer of this skill."""
     return "123456789"[: int(kind[-1])] if kind.startswith("sudoku") else "0123456789"
@@ -200,14 +226,18 @@ def _digits(kind: str) -> str:
 
 
 def _with_and_without(
-    directory: Path, kinds: Mapping[str, list[Task]], drafter: str, draft_model: Path | None = None
+    directory: Path,
+    kinds: Mapping[str, list[Task]],
+    drafter: str,
+    draft_model: Path | None = None,
+    **parameters: object,
 ) -> tuple[dict[str, _Scored], dict[str, _Scored], Audit]:
     """Every kind's tasks, with no drafter and with one."""
     with _audited_service(directory, draft_model) as (service, audit):
         prompts = {kind: _prompts(directory, tasks) for kind, tasks in kinds.items()}
         off, on = (
-            {kind: _Scored.of(tasks, ask(service, prompts[kind], drafter=name)) for kind, tasks in kinds.items()}
-            for name in ("off", drafter)
+            {kind: _Scored.of(tasks, ask(service, prompts[kind], **options)) for kind, tasks in kinds.items()}
+            for options in ({"drafter": "off"}, {"drafter": drafter, **parameters})
         )
     return off, on, audit
 
@@ -227,7 +257,9 @@ def _lookup(setting: Setting) -> Result:
 def _network(setting: Setting) -> Result:
     """The trained drafter that is shipped for the demo."""
     kinds = _skills(_count(setting))
-    off, on, audit = _with_and_without(setting.engine("demo"), kinds, "model", setting.drafter("demo"))
+    off, on, audit = _with_and_without(
+        setting.engine("demo"), kinds, "model", setting.drafter("demo"), draft_confidence=MODEL_CONFIDENCE
+    )
     before, after = _steps(off) / _canvases(off), _steps(on) / _canvases(on)
     figure = (
         f"{after / before:.0%} of the steps ({before:.2f} -> {after:.2f} a canvas), right {_percent(off):.1f} -> "
@@ -292,6 +324,12 @@ ROWS: tuple[Row, ...] = (
         "adversarial drafter: errors planted in right answers",
         f"as many tokens right as without a draft, minus {REPAIRED_POINTS:g} points ({DEFAULT}, the default)",
         _planted,
+    ),
+    Row(
+        "unfinished drafts: the demo's own answers after one step",
+        f"as many answers right as without a draft, minus {REPAIRED_POINTS:g} points ({DEFAULT}, the default)",
+        _unfinished,
+        quick=False,
     ),
     Row(
         "drafts by prompt lookup, revision and copying tasks",
