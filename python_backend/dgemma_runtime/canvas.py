@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from dgemma_runtime.contract import DenoiseRow, Float32Array, Int32Array, SequencePages
-from dgemma_runtime.drafting.proposal import BoolArray, DraftOutcome, Pins, Proposal
+from dgemma_runtime.drafting.proposal import NOTHING, BoolArray, DraftOutcome, Pins, Proposal
 from dgemma_runtime.errors import EngineError
 from dgemma_runtime.noise import CanvasNoise
 from dgemma_runtime.parameters import GenerationParameters
@@ -37,6 +37,7 @@ class Canvas:
         self._proposal, self._pins = proposal, pins
         self._stopping = StoppingRule(parameters.stability_threshold, parameters.confidence_threshold)
         self._free = None if pins is None else ~pins.pinned  # [canvas_length]; None: all of it
+        self._read = slice(None if pins is None else pins.read)  # what stability and confidence are about
         self.step = 0  # steps taken
         initial = noise.initial()
         self._shown = np.zeros(len(initial), np.bool_)  # positions where the denoiser sees the draft
@@ -55,8 +56,8 @@ class Canvas:
             self._second_ids = np.where(self._shown & ~even, initial, self.ids)
             self.ids = np.where(self._shown & even, initial, self.ids)
         self.argmax_ids = self.ids  # [canvas_length], of the last step
-        known = self._shown.sum() // (2 if self.halves else 1) + (0 if pins is None else int(pins.pinned.sum()))
-        self._level = self._noise_level(len(initial) - int(known))
+        drafted = int(self._shown.sum()) // (2 if self.halves else 1)
+        self._level = self._noise_level(self._num_free - drafted)
 
     @property
     def temperature(self) -> float:
@@ -97,12 +98,12 @@ class Canvas:
         self.argmax_ids = argmax_ids.copy()  # engines may return views of buffers they use again
         if pins is not None:
             self.argmax_ids[pins.pinned] = pins.token_ids[pins.pinned]
-        mean = mean_entropy(entropies) if free is None else _mean_of(entropies[free])
+        judged = entropies if free is None else entropies[self._read][free[self._read]]
         if self.step == 0 and self._proposal is not None:
             self._credit(self._proposal)
-        stopped = self._stopping.update(self.argmax_ids, mean)
+        stopped = self._stopping.update(self.argmax_ids[self._read], mean_entropy(judged)) if len(judged) else True
         step, self.step = self.step, self.step + 1
-        if stopped or self.step == self._parameters.max_denoising_steps or (free is not None and not free.any()):
+        if stopped or self.step == self._parameters.max_denoising_steps:
             return True
         chosen = argmax_ids if self._parameters.greedy else sampled_ids
         accepted = self._accepted(entropies)
@@ -133,24 +134,26 @@ class Canvas:
     def _credit(self, proposal: Proposal) -> None:
         """Tell the stopping rule of the draft as the argmax before the first step.
 
-        What stands behind the first end token is no output, so there the draft need not have been right.
+        What stands behind the first end token is no output, so there the draft need not have been right; and an end
+        token right behind the draft's own end is what the draft said.
         """
         previous = proposal.token_ids.copy()
         if self._pins is not None:
             previous[self._pins.pinned] = self._pins.token_ids[self._pins.pinned]
         elif (is_end := np.isin(self.argmax_ids, self._parameters.end_ids)).any():
-            behind = int(is_end.argmax()) + 1
+            end = int(is_end.argmax())
+            behind = end if end and (previous[end:] == NOTHING).all() else end + 1
             previous[behind:] = self.argmax_ids[behind:]
-        self._stopping.seen(previous)
+        self._stopping.seen(previous[self._read])
+
+    @property
+    def _num_free(self) -> int:
+        return len(self.ids) if self._free is None else int(self._free.sum())
 
     def _noise_level(self, random_positions: int) -> int:
-        """The schedule's step at which so many positions are random; its last one where none is."""
-        steps = self._parameters.max_denoising_steps
-        return min(steps * (len(self.ids) - random_positions) // len(self.ids), steps - 1)
+        """The schedule's step at which so many of the free positions are random; its last one where none is."""
+        steps, free = self._parameters.max_denoising_steps, self._num_free
+        return min(steps * (free - random_positions) // free, steps - 1) if free else 0
 
     def _next_level(self) -> int:
         return min(self._level + 1, self._parameters.max_denoising_steps - 1)
-
-
-def _mean_of(entropies: Float32Array) -> np.float32:
-    return mean_entropy(entropies) if len(entropies) else np.float32(0)

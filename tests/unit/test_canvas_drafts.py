@@ -19,9 +19,7 @@ END = 1
 DEFAULTS = default_parameters({"eos_token_id": END})
 TEXT: Int32Array = np.arange(50, 50 + LENGTH, dtype=np.int32)
 SURE: Float32Array = np.zeros(LENGTH, np.float32)
-UNSURE: Float32Array = np.array(
-    [0.0, 5.0, 0.0, 5.0, 5.0, 0.0], np.float32
-)  # 0, 2, 5 and one more are accepted
+UNSURE: Float32Array = np.array([0.0, 5.0, 0.0, 5.0, 5.0, 0.0], np.float32)  # 0, 2, 5 and one more are accepted
 
 
 def noise(seed: int = 9) -> CanvasNoise:
@@ -96,6 +94,15 @@ def test_what_stands_behind_the_end_need_not_have_been_drafted() -> None:
     assert canvas.outcome(3) == DraftOutcome("lookup", 3, 3, 1)
 
 
+def test_a_draft_that_ends_says_that_the_output_ends() -> None:
+    answer = TEXT.copy()
+    answer[2:] = [END, 7, 7, 7]
+    assert make(lay_out(answer[:2], np.ones(2, np.float32), LENGTH, "client")).advance(answer, answer, SURE)
+    assert not make(lay_out(answer[:1], np.ones(1, np.float32), LENGTH, "client")).advance(answer, answer, SURE)
+    nothing = lay_out(np.empty(0, np.int32), np.empty(0, np.float32), LENGTH, "client")
+    assert not make(nothing).advance(np.full(LENGTH, END, np.int32), answer, SURE)
+
+
 def test_the_end_itself_must_have_been_drafted() -> None:
     answer = TEXT.copy()
     answer[2] = END
@@ -162,7 +169,7 @@ def test_halves_of_no_draft_are_one_row() -> None:
 # ---------------------------------------------------------------- pins
 
 
-PINS = Pins(TEXT + 200, np.array([True, False, False, True, True, False]))
+PINS = Pins(TEXT + 200, np.array([True, False, False, True, True, False]), LENGTH)
 FREE, PINNED = [1, 2, 5], [0, 3, 4]
 
 
@@ -195,8 +202,25 @@ def test_pins_take_no_part_in_stopping() -> None:
     assert canvas.advance(changed_where_pinned, TEXT, sure_where_free)
 
 
+def test_pins_leave_the_whole_schedule() -> None:
+    """What is pinned says nothing of how certain the rest is."""
+    assert make(pins=PINS).temperature == pytest.approx(0.8)
+    assert make(draft(confidences=[1, 1, 0, 1, 1, 0]), PINS, max_denoising_steps=12).temperature == pytest.approx(
+        0.4 + 0.4 * (12 - 4) / 12
+    )
+
+
+def test_what_nobody_reads_decides_nothing() -> None:
+    canvas = make(pins=Pins(TEXT, PINS.pinned, read=4))
+    behind = np.arange(LENGTH) >= 4
+    entropies = np.where(behind, 9.0, 0.0).astype(np.float32)
+    assert not canvas.advance(TEXT, TEXT, entropies)
+    assert canvas.advance(np.where(behind, TEXT + 1, TEXT).astype(np.int32), TEXT, entropies)
+    assert make(pins=Pins(TEXT, np.arange(LENGTH) < 4, read=4)).advance(TEXT, TEXT, entropies)
+
+
 def test_a_canvas_that_is_all_pinned_takes_one_pass() -> None:
-    canvas = make(pins=Pins(TEXT, np.ones(LENGTH, np.bool_)))
+    canvas = make(pins=Pins(TEXT, np.ones(LENGTH, np.bool_), LENGTH))
     assert canvas.advance(TEXT + 1, TEXT, UNSURE)
     assert canvas.argmax_ids.tolist() == TEXT.tolist()
 

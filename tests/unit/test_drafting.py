@@ -183,7 +183,7 @@ def test_a_lookup_that_fails_is_switched_off(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_network_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     drafting_engine = engine(drafts=network)
-    draft, failed = drafting_engine.draft, []
+    draft, failed = drafting_engine.draft, list[bool]()
 
     def starved(rows: Any) -> DraftResult:
         if not failed:
@@ -250,7 +250,7 @@ def test_a_seed_means_the_same_with_drafts_in_any_company(start: Start, verifica
 
 def test_a_draft_changes_what_a_seed_means(start: Start) -> None:
     service = chaotic(start)
-    common = {"max_denoising_steps": 4, "end_id": -1, "max_tokens": 60, "seed": 3}
+    common: dict[str, Any] = {"max_denoising_steps": 4, "end_id": -1, "max_tokens": 60, "seed": 3}
     plain = submit(service, "hello", **common).finished().token_ids.tolist()
     recorder = Recorder()
     draft = np.arange(60, dtype=np.int32)

@@ -53,7 +53,7 @@ class CanvasRecord:
         if not np.array_equal(self.with_pins(self.argmax[-1]), self.committed):
             return "the committed canvas is not the denoiser's argmax"
         steps, most = len(self.argmax), self.parameters.max_denoising_steps
-        free = self.pins is None or not self.pins.pinned.all()
+        free = self.pins is None or not self.pins.pinned[: self.pins.read].all()
         if any(self._may_stop(step) for step in range(steps - 1)):
             return "it went on where the rule had ended it"
         if steps < most and free and not self._may_stop(steps - 1):
@@ -67,10 +67,11 @@ class CanvasRecord:
         canvases = [*self._credited(), *map(self.with_pins, self.argmax[: step + 1])]
         if len(canvases) <= needed:
             return False
-        stable = all(np.array_equal(canvases[-1], other) for other in canvases[-1 - needed : -1])
-        entropies = self.entropies[step]
+        read = None if self.pins is None else self.pins.read
+        stable = all(np.array_equal(canvases[-1][:read], other[:read]) for other in canvases[-1 - needed : -1])
+        entropies = self.entropies[step][:read]
         if self.pins is not None:
-            entropies = entropies[~self.pins.pinned]
+            entropies = entropies[~self.pins.pinned[:read]]
         return stable and float(np.float32(entropies.astype(np.float64).mean())) < float(np.float32(below))
 
     def _credited(self) -> list[Int32Array]:
@@ -81,7 +82,10 @@ class CanvasRecord:
         if self.pins is None:
             ends = np.flatnonzero(np.isin(self.argmax[0], self.parameters.end_ids))
             if len(ends):
-                draft[ends[0] + 1 :] = self.argmax[0][ends[0] + 1 :]
+                known = np.flatnonzero(draft >= 0)
+                draft_ends_there = len(known) and ends[0] == known[-1] + 1
+                behind = ends[0] if draft_ends_there else ends[0] + 1
+                draft[behind:] = self.argmax[0][behind:]
         return [draft]
 
     def with_pins(self, ids: Int32Array) -> Int32Array:

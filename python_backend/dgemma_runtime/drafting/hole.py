@@ -115,7 +115,7 @@ class HoleCanvas(Canvas):
     def _begin(self, parameters: GenerationParameters, noise: CanvasNoise, tokens: int) -> None:
         suffix_ids, length = self._hole.suffix_ids, len(noise.initial())
         self._hole.tokens = tokens
-        pins = Pins(np.zeros(length, np.int32), np.zeros(length, np.bool_))
+        pins = Pins(np.zeros(length, np.int32), np.zeros(length, np.bool_), tokens + len(suffix_ids))
         pins.token_ids[tokens : tokens + len(suffix_ids)] = suffix_ids
         pins.pinned[tokens : tokens + len(suffix_ids)] = True
         super().__init__(parameters, noise, pins=pins)

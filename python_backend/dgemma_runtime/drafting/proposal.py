@@ -29,6 +29,7 @@ class Pins:
 
     token_ids: Int32Array  # [canvas_length], of any value where not pinned
     pinned: BoolArray  # [canvas_length]
+    read: int  # positions that anybody reads, the first ones; a canvas ends whatever stands behind them
 
 
 @dataclass(frozen=True)

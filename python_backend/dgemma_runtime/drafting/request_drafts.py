@@ -50,5 +50,6 @@ class RequestDrafts:
         pinned = self.literals.pinned[start:][:canvas_length]
         if not pinned.any():
             return None
-        missing = canvas_length - len(pinned)
-        return Pins(np.pad(self.literals.token_ids[start:][:canvas_length], (0, missing)), np.pad(pinned, (0, missing)))
+        read = len(pinned)
+        missing = (0, canvas_length - read)
+        return Pins(np.pad(self.literals.token_ids[start:][:canvas_length], missing), np.pad(pinned, missing), read)

@@ -73,7 +73,7 @@ def lay_out_template(template: Template, codec: Codec, most_tokens: int, skip_sp
         )
     ids = [np.zeros(part, np.int32) if isinstance(part, int) else part for part in parts]
     pinned = [np.full(len(row), not isinstance(part, int)) for row, part in zip(ids, parts, strict=True)]
-    return Pins(np.concatenate(ids), np.concatenate(pinned))
+    return Pins(np.concatenate(ids), np.concatenate(pinned), sum(map(len, pinned)))
 
 
 def _literal(text: str, number: int, codec: Codec, skip_special_tokens: bool) -> Int32Array:
