@@ -43,7 +43,8 @@ class Canvas:
         self._shown = np.zeros(len(initial), np.bool_)  # positions where the denoiser sees the draft
         self.ids = initial  # [canvas_length], what the next step denoises
         if proposal is not None:
-            self._shown = proposal.confidences >= np.float32(parameters.draft_confidence)
+            asked = parameters.draft_confidence
+            self._shown = proposal.confidences >= np.float32(proposal.enough if asked is None else asked)
             self._shown &= proposal.token_ids >= 0
             self.ids = np.where(self._shown, proposal.token_ids, self.ids)
         if pins is not None:

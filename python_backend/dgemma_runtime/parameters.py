@@ -113,11 +113,11 @@ class GenerationParameters:
     cache_salt: str = ""  # only requests with the same one share cached prefixes
     skip_special_tokens: bool = True  # they have no text in the output
     drafter: str = "auto"  # of DRAFTERS
-    draft_confidence: float = 0.5  # positions of a draft that are less certain start as noise
+    draft_confidence: float | None = None  # positions of a draft that are less certain start as noise; None: by drafter
     draft_verification: str = "direct"  # of VERIFICATIONS
 
     def __post_init__(self) -> None:
-        for name in ("max_denoising_steps", "entropy_bound", "t_min", "t_max", "draft_confidence"):
+        for name in ("max_denoising_steps", "entropy_bound", "t_min", "t_max"):
             _number(name, getattr(self, name))
         for name in ("max_tokens", "seed", "stability_threshold", "confidence_threshold", "priority", "deadline_ms"):
             if (value := getattr(self, name)) is not None:

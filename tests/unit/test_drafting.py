@@ -57,7 +57,7 @@ def network(context: Int32Array) -> tuple[Int32Array, Float32Array]:
     """Drafts the answer as the script has it."""
     written = len(context) - len(CODEC.encode(PROMPT))
     whole = np.append(ids(ANSWER), [EOS] + [0] * LENGTH)
-    return whole[written:][:LENGTH].astype(np.int32), np.full(LENGTH, 0.9, np.float32)
+    return whole[written:][:LENGTH].astype(np.int32), np.full(LENGTH, 0.99, np.float32)
 
 
 # ---------------------------------------------------------------- drafters

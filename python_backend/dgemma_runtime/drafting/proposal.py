@@ -21,6 +21,7 @@ class Proposal:
     token_ids: Int32Array  # [canvas_length], NOTHING where nothing is proposed
     confidences: Float32Array  # [canvas_length], in [0, 1]; 0 where nothing is proposed
     source: str  # lookup, model, client
+    enough: float = 0.5  # confidence with which a position is shown, where the request does not say another
 
 
 @dataclass(frozen=True)
