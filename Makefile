@@ -10,6 +10,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 BIN := .venv/bin
 ENGINE := artifacts/engines/demo
 RTX_ENGINE := artifacts/engines/demo-tensorrt_rtx
+DRAFTER := artifacts/engines/demo-drafter
 CHECKPOINT := build/checkpoints/demo
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 UV := uv==0.13.9
@@ -42,16 +43,16 @@ help: ## List the targets and settings
 
 setup: .venv/.demo-installed ## Install what serving needs into .venv (the other targets do it themselves)
 
-demo: .venv/.demo-installed $(ENGINE)/config.json ## Start a Triton server, send it prompts, show and check the answers, stop it
-	@$(BIN)/python -m dgemma_build.demo.show --engine $(ENGINE)
+demo: .venv/.demo-installed $(ENGINE)/config.json $(DRAFTER)/config.json ## Start a Triton server, send it prompts, show and check the answers, stop it
+	@$(BIN)/python -m dgemma_build.demo.show --engine $(ENGINE) --draft-model $(DRAFTER)
 
-serve: .venv/.demo-installed $(ENGINE)/config.json ## Keep the demo server in the foreground
-	@exec $(BIN)/dgemma-server run --engine $(ENGINE) $(SERVE_ARGS)
+serve: .venv/.demo-installed $(ENGINE)/config.json $(DRAFTER)/config.json ## Keep the demo server in the foreground
+	@exec $(BIN)/dgemma-server run --engine $(ENGINE) --draft-model $(DRAFTER) $(SERVE_ARGS)
 
-openai: .venv/.demo-installed $(ENGINE)/config.json ## Keep the demo server and its HTTP front end in the foreground
-	@NIM_MODEL_PATH=$(ENGINE) exec $(BIN)/nim-serve --host 127.0.0.1 $(OPENAI_ARGS)
+openai: .venv/.demo-installed $(ENGINE)/config.json $(DRAFTER)/config.json ## Keep the demo server and its HTTP front end in the foreground
+	@NIM_MODEL_PATH=$(ENGINE) NIM_DRAFT_MODEL_PATH=$(DRAFTER) exec $(BIN)/nim-serve --host 127.0.0.1 $(OPENAI_ARGS)
 
-engines: $(ENGINE)/config.json $(RTX_ENGINE)/config.json ## Build every engine that needs no GPU to build
+engines: $(ENGINE)/config.json $(DRAFTER)/config.json $(RTX_ENGINE)/config.json ## Build every engine that needs no GPU to build
 	@echo "Up to date: $(^D)"
 
 test: .venv/.test-installed $(ENGINE)/config.json ## Run every test but those of the next line
@@ -70,10 +71,11 @@ check: .venv/.test-installed ## Lint, formatting, types and import rules
 stress: .venv/.test-installed $(ENGINE)/config.json ## Send a server many requests of every kind and check that nothing is lost
 	@$(BIN)/python -m dgemma_build.stress $(STRESS_ARGS)
 
-bench: .venv/.test-installed $(ENGINE)/config.json ## Beside transformers, over many requests, over context: tables, plots, JSON lines
+bench: .venv/.test-installed $(ENGINE)/config.json ## Beside transformers, over many requests, over context, with drafts: tables, plots, JSON lines
 	@$(BIN)/python -m dgemma_build.bench $(BENCH_ARGS)
 	@$(BIN)/python -m dgemma_build.bench.concurrency $(BENCH_ARGS)
 	@$(BIN)/python -m dgemma_build.bench.context $(BENCH_ARGS)
+	@$(BIN)/python -m dgemma_build.bench.drafts $(BENCH_ARGS)
 
 accept: .venv/.test-installed $(ENGINE)/config.json ## Measure every row of the acceptance table beside its bar
 	@$(BIN)/python -m dgemma_build.accept $(ACCEPT_ARGS)
@@ -131,6 +133,12 @@ ENGINE_SOURCES := $(wildcard $(CHECKPOINT)/* build/dgemma_build/*.py) python_bac
 $(ENGINE)/config.json: $(ENGINE_SOURCES) | .venv/.demo-installed
 	@echo "Building $(@D)"
 	@$(BIN)/dgemma-build engine --checkpoint $(CHECKPOINT) --backend onnxruntime --precision fp32 --output $(@D)
+	@touch $@
+
+DRAFTER_SOURCES := $(wildcard $(CHECKPOINT)-drafter/* build/dgemma_build/drafter/*.py)
+$(DRAFTER)/config.json: $(DRAFTER_SOURCES) $(ENGINE_SOURCES) | .venv/.demo-installed
+	@echo "Building $(@D)"
+	@$(BIN)/dgemma-build engine --drafter $(CHECKPOINT)-drafter --checkpoint $(CHECKPOINT) --output $(@D)
 	@touch $@
 
 $(RTX_ENGINE)/config.json: $(ENGINE_SOURCES) test.lock | .venv/.test-installed
