@@ -17,7 +17,7 @@ from dgemma_build.accept.table import Result, Row, Setting
 from dgemma_build.bench.__main__ import MID, prepare
 from dgemma_build.bench.drafted import QUEUE_SIZE, Answers, ask
 from dgemma_build.bench.drafters import random_drafter
-from dgemma_build.bench.drafts import MODEL_CONFIDENCE, STEPS, measure_clock
+from dgemma_build.bench.drafts import STEPS, measure_clock
 from dgemma_build.bench.inprocess import running_service
 from dgemma_build.bench.revisions import Task, revisions, skill_tasks
 from dgemma_build.demo.skills import SKILLS, sudoku_template
@@ -230,14 +230,13 @@ def _with_and_without(
     kinds: Mapping[str, list[Task]],
     drafter: str,
     draft_model: Path | None = None,
-    **parameters: object,
 ) -> tuple[dict[str, _Scored], dict[str, _Scored], Audit]:
     """Every kind's tasks, with no drafter and with one."""
     with _audited_service(directory, draft_model) as (service, audit):
         prompts = {kind: _prompts(directory, tasks) for kind, tasks in kinds.items()}
         off, on = (
-            {kind: _Scored.of(tasks, ask(service, prompts[kind], **options)) for kind, tasks in kinds.items()}
-            for options in ({"drafter": "off"}, {"drafter": drafter, **parameters})
+            {kind: _Scored.of(tasks, ask(service, prompts[kind], drafter=one)) for kind, tasks in kinds.items()}
+            for one in ("off", drafter)
         )
     return off, on, audit
 
@@ -257,9 +256,7 @@ def _lookup(setting: Setting) -> Result:
 def _network(setting: Setting) -> Result:
     """The trained drafter that is shipped for the demo."""
     kinds = _skills(_count(setting))
-    off, on, audit = _with_and_without(
-        setting.engine("demo"), kinds, "model", setting.drafter("demo"), draft_confidence=MODEL_CONFIDENCE
-    )
+    off, on, audit = _with_and_without(setting.engine("demo"), kinds, "model", setting.drafter("demo"))
     before, after = _steps(off) / _canvases(off), _steps(on) / _canvases(on)
     figure = (
         f"{after / before:.0%} of the steps ({before:.2f} -> {after:.2f} a canvas), right {_percent(off):.1f} -> "

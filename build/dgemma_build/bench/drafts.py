@@ -41,7 +41,6 @@ from dgemma_runtime.service import Service
 RESULT, PLOT = "drafts.json", "drafts.svg"
 OFF, ORACLE, LOOKUP, MODEL = "off", "oracle", "lookup", "model"
 SETTINGS: dict[str, Any] = {"threads": THREADS, "queue_size": QUEUE_SIZE, "prefix_cache": False}
-MODEL_CONFIDENCE = 0.9  # `draft_confidence` that the network was measured best with
 STEPS = 8  # of a canvas without a draft, on the mid-size model
 _ANY_DRAFT_COUNTS: dict[str, Any] = {"stability_threshold": 0, "confidence_threshold": 1e3}
 
@@ -98,7 +97,7 @@ def _kind(service: Service, kind: str, tasks: Sequence[Task], prompts: list[str]
     for _ in range(rounds):
         for drafter in (OFF, LOOKUP):
             runs.setdefault(drafter, []).append(ask(service, prompts, drafter=drafter))
-        network = ask(service, prompts, drafter=MODEL, draft_confidence=MODEL_CONFIDENCE)
+        network = ask(service, prompts, drafter=MODEL)
         runs.setdefault(MODEL, []).append(network)
         runs.setdefault(ORACLE, []).append(ask(service, prompts, drafts=own))
     return [skill_point(kind, drafter, tasks, found, runs[OFF]) for drafter, found in runs.items()]
