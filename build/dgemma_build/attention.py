@@ -98,10 +98,13 @@ class ContextCache:
 
     `kv_dtype` is that of the manifest; see `contract.cache_dtypes`. In E4M3, keys and values are divided by powers of
     two that their norms cannot exceed. Full layers multiply such values as they are: in more bits they would be a copy.
+    `hands_out` is whether the call's own keys and values are outputs.
     """
 
-    def __init__(self, w: GraphWriter, spec: ModelSpec, dtype: int, kv_dtype: str, heads: int) -> None:
-        self._w, self._spec, self._heads = w, spec, heads
+    def __init__(
+        self, w: GraphWriter, spec: ModelSpec, dtype: int, kv_dtype: str, heads: int, hands_out: bool = True
+    ) -> None:
+        self._w, self._spec, self._heads, self._hands_out = w, spec, heads, hands_out
         self._dtype, self._kv_dtype = dtype, kv_dtype
         self._number = helper.tensor_dtype_to_np_dtype(dtype)
         self._sliding_mask = self._own_mask = self._context_mask = ""
@@ -150,13 +153,13 @@ class ContextCache:
         given = (("key", keys, key_scale), ("value", values, value_scale))
         for (name, new, scale), dtype in zip(given, cache_dtypes(self._kv_dtype, layer), strict=True):
             cache, out = f"{name}_cache_{index}", f"new_{name}s_{index}"
-            if dtype == "fp8":
-                w.op("QuantizeLinear", new, scale, output_dtype=TensorProto.FLOAT8E4M3FN, to=out)
-                cache = w.op("DequantizeLinear", cache, scale)
-            else:
-                w.op("Identity", new, to=out)
-            w.graph_output(out, _TYPES[dtype], ["B", layer.num_key_value_heads, "L", layer.head_dim])
-            context.append(cache)
+            if self._hands_out:
+                if dtype == "fp8":
+                    w.op("QuantizeLinear", new, scale, output_dtype=TensorProto.FLOAT8E4M3FN, to=out)
+                else:
+                    w.op("Identity", new, to=out)
+                w.graph_output(out, _TYPES[dtype], ["B", layer.num_key_value_heads, "L", layer.head_dim])
+            context.append(w.op("DequantizeLinear", cache, scale) if dtype == "fp8" else cache)
         if layer.kind == FULL:
             past = [w.op("Reshape", cache, w.const([0, 0, -1, layer.head_dim])) for cache in context]
             return self._written_out(layer, queries, (keys, values), (past[0], past[1]))

@@ -46,6 +46,12 @@ class Backend(Protocol):
         """Turn `model.onnx` in `directory` into what the runtime loads; returns bytes of scratch, 0 if unknown."""
         ...
 
+    def build_drafter(
+        self, directory: Path, canvas_length: int, max_model_len: int, max_batch_size: int, progress: Progress
+    ) -> int:
+        """The same for a drafter's graph."""
+        ...
+
 
 @dataclass(frozen=True)
 class CallLimits:
@@ -76,6 +82,11 @@ class OnnxRuntimeBackend:
         self, directory: Path, config: TextConfig, max_model_len: int, limits: CallLimits, progress: Progress
     ) -> int:
         """Nothing to do: ONNX Runtime reads the graph as it is."""
+        return 0
+
+    def build_drafter(
+        self, directory: Path, canvas_length: int, max_model_len: int, max_batch_size: int, progress: Progress
+    ) -> int:
         return 0
 
 

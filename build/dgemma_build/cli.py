@@ -78,11 +78,10 @@ def engine(
     """Turn a checkpoint into a directory that the server loads."""
     chosen = precision or PRECISIONS.get(backend, ("",))[0]
     if drafter is not None:
-        given = {"--kv-precision": kv_precision, "--max-model-len": max_model_len, "--max-batch-size": max_batch_size}
-        for name, value in (given | {"--plugins": plugins}).items():
-            if value:
-                raise ConfigurationError(f"{name} {value}: is the denoiser's; leave it out with --drafter")
-        _drafter_engine(DrafterRequest(drafter, checkpoint, output, backend, chosen))
+        if plugins:
+            raise ConfigurationError("--plugins: is the denoiser's; leave it out with --drafter")
+        limits = (max_model_len, max_batch_size)
+        _drafter_engine(DrafterRequest(drafter, checkpoint, output, backend, chosen, kv_precision, *limits))
         return
     request = BuildRequest(checkpoint, output, backend, chosen, kv_precision, plugins, max_model_len, max_batch_size)
     started = time.monotonic()

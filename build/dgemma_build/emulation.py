@@ -7,20 +7,20 @@ Quantised weights and activations stay what they are. Products within a fused ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper, shape_inference
 
-from dgemma_build.backends import CallLimits
-from dgemma_build.checkpoint import TextConfig
+from dgemma_build.drafter.export import DrafterRequest, build_drafter
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.engine_probe import Probe, probe_limits
 from dgemma_build.progress import Progress
-from dgemma_build.tensorrt import ENGINE_FILE, TensorRtBackend, binding_shapes, profiles
+from dgemma_build.tensorrt import ENGINE_FILE, Profile, TensorRtBackend, binding_shapes, draft_profile, profiles
 from dgemma_runtime.contract import EngineLimits, Manifest
+from dgemma_runtime.drafter_manifest import DrafterManifest
 from dgemma_runtime.engines.device import Array, TensorSpec
 from dgemma_runtime.engines.host_device import HostDevice, HostProgram
 from dgemma_runtime.engines.tensorrt import Loader, TensorRtEngine
@@ -110,9 +110,7 @@ class EmulatedBackend(TensorRtBackend):
     version = ort.__version__
     target = "emulation"
 
-    def build(
-        self, directory: Path, config: TextConfig, max_model_len: int, limits: CallLimits, progress: Progress
-    ) -> int:
+    def compile(self, directory: Path, profiles_of: Sequence[Profile], progress: Progress) -> int:
         onnx.save(emulated(directory / "model.onnx"), directory / ENGINE_FILE)
         (directory / "model.onnx").unlink()
         return 0
@@ -125,9 +123,31 @@ def build_emulated(checkpoint: Path, output: Path, precision: str, kv_precision:
     return output
 
 
-def open_emulated(directory: Path, limits: EngineLimits, threads: int = 0) -> TensorRtEngine:
+def build_emulated_drafter(drafter: Path, denoiser: Path, output: Path, precision: str, kv_precision: str) -> Path:
+    """Of two checkpoints: a drafter's engine directory for `open_emulated`. Returns `output`."""
+    request = DrafterRequest(drafter, denoiser, output, "tensorrt", precision, kv_precision)
+    build_drafter(request, backend=EmulatedBackend("tensorrt", precision, kv_precision))
+    return output
+
+
+def open_emulated(
+    directory: Path, limits: EngineLimits, threads: int = 0, draft_model: Path | None = None
+) -> TensorRtEngine:
     """The runtime's own TensorRT engine over the emulated graph, in ordinary memory."""
-    return TensorRtEngine(directory, limits, *OnnxFunction(directory, threads).on_host())
+    device, denoiser = HostDevice(), OnnxFunction(directory, threads)
+
+    def load_either(path: Path) -> HostProgram:
+        if draft_model is None or path.parent != draft_model:
+            return HostProgram(device, denoiser.tensors, denoiser)
+        drafter = OnnxFunction(draft_model, threads, profiles_of=_drafter_profiles(draft_model))
+        return HostProgram(device, drafter.tensors, drafter)
+
+    return TensorRtEngine(directory, limits, device, load_either, draft_model=draft_model)
+
+
+def _drafter_profiles(directory: Path) -> tuple[Profile]:
+    found = DrafterManifest.load(directory, verify_hashes=False)
+    return (draft_profile(found.canvas_length, found.max_batch_size, found.max_model_len),)
 
 
 class EmulatedProbe(Probe):
@@ -141,11 +161,14 @@ class EmulatedProbe(Probe):
 class OnnxFunction:
     """An emulated graph as the function of a `HostProgram`. `revealed` holds further values of the last run."""
 
-    def __init__(self, directory: Path, threads: int, reveal: tuple[str, ...] = ()) -> None:
-        path, manifest = directory / ENGINE_FILE, Manifest.load(directory, verify_hashes=False)
+    def __init__(
+        self, directory: Path, threads: int, reveal: tuple[str, ...] = (), profiles_of: Sequence[Profile] = ()
+    ) -> None:
+        """`profiles_of` are a denoiser's where none are given."""
+        path = directory / ENGINE_FILE
         model = onnx.load(path, load_external_data=False)
         graph = model.graph
-        profiles_of = profiles(manifest.model.canvas_length, manifest.max_batch_size, manifest.max_model_len)
+        profiles_of = profiles_of or _denoiser_profiles(directory)
         self.tensors = {}
         for value in (*graph.input, *graph.output):
             shape, is_input = _shape(value), value in graph.input
@@ -180,6 +203,11 @@ class OnnxFunction:
         self._session.run_with_iobinding(binding)
         found = binding.get_outputs()[len(outputs) :]
         self.revealed = {name: value.numpy() for name, value in zip(self._reveal, found, strict=True)}
+
+
+def _denoiser_profiles(directory: Path) -> tuple[Profile, Profile]:
+    found = Manifest.load(directory, verify_hashes=False)
+    return profiles(found.model.canvas_length, found.max_batch_size, found.max_model_len)
 
 
 def _type(value: onnx.ValueInfoProto) -> int:

@@ -63,7 +63,7 @@ def build_engine(request: BuildRequest, progress: Progress | None = None, backen
     foreign = output.exists() and not (output / MANIFEST_FILE).exists()
     if foreign and (not output.is_dir() or any(output.iterdir())):
         raise ConfigurationError(f"--output {output}: exists and is not an engine directory; choose another")
-    longest = _max_model_len(request, checkpoint)
+    longest = longest_context(request.max_model_len, request.max_batch_size, checkpoint)
     backend = backend or backend_for(request.backend, request.precision, request.kv_precision, request.plugins)
     staging = output.with_name(output.name + ".partial")
     staging.mkdir(parents=True, exist_ok=True)
@@ -225,14 +225,15 @@ def _read(path: Path) -> object:
         return None
 
 
-def _max_model_len(request: BuildRequest, checkpoint: Checkpoint) -> int:
+def longest_context(max_model_len: int | None, max_batch_size: int | None, checkpoint: Checkpoint) -> int:
+    """Tokens that a build asks for; raises ConfigurationError for what the checkpoint does not have."""
     spec = checkpoint.config.spec
-    longest = spec.max_position_embeddings if request.max_model_len is None else request.max_model_len
+    longest = spec.max_position_embeddings if max_model_len is None else max_model_len
     if not spec.canvas_length < longest <= spec.max_position_embeddings:
         raise ConfigurationError(
             f"--max-model-len {longest}: must be more than one canvas ({spec.canvas_length} tokens) and at most the "
             f"checkpoint's {spec.max_position_embeddings}"
         )
-    if request.max_batch_size is not None and request.max_batch_size < 1:
-        raise ConfigurationError(f"--max-batch-size {request.max_batch_size}: must be at least 1")
+    if max_batch_size is not None and max_batch_size < 1:
+        raise ConfigurationError(f"--max-batch-size {max_batch_size}: must be at least 1")
     return longest

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,6 +59,12 @@ def profiles(canvas_length: int, max_batch_size: int, max_model_len: int) -> tup
     return denoise, encode
 
 
+def draft_profile(canvas_length: int, max_batch_size: int, max_model_len: int) -> Profile:
+    """Of a drafter, which is called for canvases only."""
+    denoise, _ = profiles(canvas_length, max_batch_size, max_model_len)
+    return denoise
+
+
 # Which dimensions of an input come from the profile: a letter for each dynamic one, in order.
 BINDINGS: dict[str, str] = {
     "token_ids": "BL",
@@ -69,6 +75,7 @@ BINDINGS: dict[str, str] = {
     "soft_embedding": "RL",
     "temperature": "R",
     "uniforms": "RL",
+    "last_ids": "B",  # of a drafter
 }
 
 
@@ -141,6 +148,16 @@ class TensorRtBackend:
     def build(
         self, directory: Path, config: TextConfig, max_model_len: int, limits: CallLimits, progress: Progress
     ) -> int:
+        return self.compile(
+            directory, profiles(config.spec.canvas_length, limits.max_batch_size, max_model_len), progress
+        )
+
+    def build_drafter(
+        self, directory: Path, canvas_length: int, max_model_len: int, max_batch_size: int, progress: Progress
+    ) -> int:
+        return self.compile(directory, (draft_profile(canvas_length, max_batch_size, max_model_len),), progress)
+
+    def compile(self, directory: Path, profiles_of: Sequence[Profile], progress: Progress) -> int:
         """Turn `model.onnx` into `rank0.engine`, which holds the weights; the graph's files are removed.
 
         Returns the bytes of scratch memory that a run may need. Raises ConfigurationError with the library's words.
@@ -163,7 +180,7 @@ class TensorRtBackend:
             settings.num_compute_capabilities = len(COMPUTE_CAPABILITIES)
             for index, name in enumerate(COMPUTE_CAPABILITIES):
                 settings.set_compute_capability(getattr(trt.ComputeCapability, name), index)
-        for profile in profiles(config.spec.canvas_length, limits.max_batch_size, max_model_len):
+        for profile in profiles_of:
             settings.add_optimization_profile(_described(builder, network, profile))
         size = (directory / "model.onnx.data").stat().st_size
         with (directory / ENGINE_FILE).open("wb") as file:

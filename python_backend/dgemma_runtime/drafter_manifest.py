@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
 from dgemma_runtime.errors import ConfigurationError, ManifestError
 
 DRAFTER_FORMAT_VERSION = 1
-DRAFTING_BACKENDS = ("onnxruntime",)  # engines that take a drafter
+DRAFTING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # engines that take a drafter
+_ROW_BYTES, _POSITION_BYTES = 20, 8  # of a call's inputs, and of its results
+_PADDING_BYTES = 5 * 256  # of five arrays
 _REBUILD = "build it again with `dgemma-build engine --drafter`"
 
 
@@ -30,12 +32,16 @@ class DrafterManifest:
     intermediate_size: int
     num_attention_heads: int
     denoiser_hidden_size: int
-    backend: str  # onnxruntime
+    backend: str  # one of DRAFTING_BACKENDS
     backend_version: str
-    target: str  # cpu
-    precision: str  # fp32
+    target: str  # cpu, or GPUs as in the denoiser's manifest
+    precision: str  # fp32 or bf16
     onnx_sha256: str
     files: dict[str, str]  # relative path -> SHA-256
+    kv_dtype: str = "fp32"  # of the denoiser's caches; the first drafters' manifests do not name these four
+    max_model_len: int = 0  # tokens; 0: any
+    max_batch_size: int = 0  # canvases; 0: any
+    scratch_bytes: int = 0  # that a call may need beside the weights; 0: unknown
     drafter_format_version: int = DRAFTER_FORMAT_VERSION
 
     def save(self, directory: Path) -> None:
@@ -70,7 +76,7 @@ class DrafterManifest:
 
 def _checked(raw: dict[str, Any]) -> dict[str, Any]:
     """The values, each of its field's type; raises TypeError naming the one that is not."""
-    values = dict(raw)
+    values = {item.name: item.default for item in fields(DrafterManifest) if item.default is not MISSING} | raw
     for item in fields(DrafterManifest):
         value = values.get(item.name)
         if item.type == "tuple[int, ...]":
@@ -122,10 +128,21 @@ def check_drafter(directory: Path, drafter: DrafterManifest, denoiser: Manifest)
             f"{directory}: the drafter was built for {drafter.backend}, the engine for {denoiser.backend}; {_REBUILD} "
             f"--backend {denoiser.backend}"
         )
+    if drafter.kv_dtype != denoiser.kv_dtype:
+        raise ConfigurationError(
+            f"{directory}: the drafter reads keys and values of kv_dtype {drafter.kv_dtype}, the engine's are "
+            f"{denoiser.kv_dtype}; {_REBUILD} --kv-precision {denoiser.kv_dtype}"
+        )
 
 
 def drafter_bytes(directory: Path, drafter: DrafterManifest, canvases: int) -> int:
-    """What it takes beside the denoiser: weights, copies of the embedding for the head's product, logits of a call."""
+    """What it takes beside the denoiser: weights, copies of the embedding for the head's product, logits of a call.
+
+    On a GPU: weights, scratch, inputs and results.
+    """
     weights = sum((directory / name).stat().st_size for name in drafter.files)
+    if drafter.backend != "onnxruntime":
+        tensors = canvases * (_ROW_BYTES + _POSITION_BYTES * drafter.canvas_length) + _PADDING_BYTES
+        return weights + drafter.scratch_bytes + tensors
     embedding = 2 * 4 * drafter.vocab_size * drafter.denoiser_hidden_size
     return weights + embedding + 3 * 4 * canvases * drafter.canvas_length * drafter.vocab_size

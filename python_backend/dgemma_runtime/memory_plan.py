@@ -78,6 +78,7 @@ def check_memory(directory: Path, manifest: Manifest, settings: RuntimeSettings)
         plan_host_memory(directory, manifest, settings)
     else:
         plan_limits(manifest, settings)
+        _drafter_bytes(manifest, settings)
 
 
 def plan_host_memory(
@@ -129,6 +130,7 @@ def plan_device_memory(
     """Of an engine on a GPU that has `available` memory before it loads `weights` bytes. Raises ConfigurationError."""
     activations = "fp32" if manifest.precision == "fp32" else "bf16"
     longest = -(-manifest.max_model_len // _SLOT_GROUP) * _SLOT_GROUP
+    drafter = _drafter_bytes(manifest, settings)
 
     def uses(chosen: RuntimeSettings, limits: EngineLimits) -> Uses:
         found = device_memory(manifest.model, manifest.kv_dtype, activations, limits, longest)
@@ -138,6 +140,7 @@ def plan_device_memory(
             ("keys and values in pages", found.pages),
             ("contexts laid out for calls", found.rows + found.encoder + found.fresh + found.opening),
             ("inputs, results and soft embeddings", found.calls),
+            *((("drafter", drafter(chosen.max_batch_size)),) if drafter else ()),
         )
 
     return _plan(manifest, settings, available, _RESERVE_BYTES, uses)

@@ -1,7 +1,8 @@
-"""The drafter as an ONNX graph for ONNX Runtime. Knows the network's mathematics, no engine library.
+"""The drafter as an ONNX graph, lowered as the denoiser's is. Knows the network's mathematics, no engine library.
 
-It runs over the denoiser's own rows of caches, those of the layers it reads. Each of its layers writes its keys and
-values behind the context, into the places where the denoiser's next step writes its own before it reads them.
+It runs over the denoiser's own rows of caches, those of the layers it reads, in the style of the denoiser's graph. In
+place, each of its layers writes its keys and values behind the context, into the places where the denoiser's next step
+writes its own before it reads them. Else the caches are only read; in E4M3 they have the denoiser's scales.
 
 Norm weights are folded into the matrices behind them.
 
@@ -9,9 +10,10 @@ Inputs (B rows, S cache slots, C = canvas length):
     last_ids        [B] int32     the token before the canvas
     position        [B] int64     tokens of context
     sliding_length  [B] int64     min(position, window - 1): context tokens in the sliding caches
-    key_cache_i, value_cache_i    [B, kv_heads, S, head_dim] of the i-th layer that is read
+    key_cache_i, value_cache_i    of the i-th layer that is read, see `attention.py`
 Outputs:
-    token_ids [B, C] int32;  confidences [B, C] float32, the probability of each;  key_cache_i_out, value_cache_i_out
+    token_ids [B, C] int32;  confidences [B, C] float32, the probability of each
+    key_cache_i_out, value_cache_i_out (in place)
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
-from dgemma_build.attention import InPlaceCache
+from dgemma_build.attention import Attention, ContextCache, InPlaceCache
 from dgemma_build.drafter.config import DrafterConfig
+from dgemma_build.graph import Lowering, WeightSource
 from dgemma_build.onnx_writer import Array, GraphWriter, Weight
-from dgemma_build.products import Float32, Matrix, Plain
+from dgemma_build.products import Float32, Matrix, Plain, rms_bound
+from dgemma_build.quantize import power_of_two_scale
 from dgemma_build.text_config import TextConfig
-from dgemma_runtime.contract import LayerSpec
+from dgemma_runtime.contract import LayerSpec, cache_dtypes
 
 _EMBEDDING, _EMBEDDING_ROWS = "embed_tokens.weight", 8192  # rows read at once
 
@@ -38,22 +42,23 @@ class DrafterWeights(Protocol):
     def float32(self, name: str) -> Float32: ...
 
 
-class Embedding(Protocol):
-    """The denoiser's weights."""
-
-    def float32_slice(self, name: str, index: int | slice) -> Float32: ...
-
-
 def author_drafter(
-    config: DrafterConfig, denoiser: TextConfig, weights: DrafterWeights, embedding: Embedding
+    config: DrafterConfig,
+    denoiser: TextConfig,
+    weights: DrafterWeights,
+    source: WeightSource,
+    lowering: Lowering | None = None,
 ) -> GraphWriter:
-    """The whole graph; `weights` and `embedding` are read only when the writer's weights are."""
+    """The whole graph; `weights` and the denoiser's, `source`, are read only when the writer's weights are.
+
+    `lowering` is that of a denoiser with plain weights; ONNX Runtime's without.
+    """
     writer = GraphWriter()
-    _DrafterGraph(config, denoiser, weights, embedding, writer).write()
+    _DrafterGraph(config, denoiser, weights, source, writer, lowering or Lowering()).write()
     return writer
 
 
-def drafter_weights(config: DrafterConfig, denoiser: TextConfig) -> list[Weight]:
+def drafter_weights(config: DrafterConfig, denoiser: TextConfig, lowering: Lowering | None = None) -> list[Weight]:
     """Every weight that the graph has, from the configs alone."""
 
     class Nothing:
@@ -63,7 +68,7 @@ def drafter_weights(config: DrafterConfig, denoiser: TextConfig) -> list[Weight]
         def float32_slice(self, name: str, index: int | slice) -> Float32:
             raise LookupError(f"{name}[{index}] was read from a config")
 
-    return list(author_drafter(config, denoiser, Nothing(), Nothing()).weights.values())
+    return list(author_drafter(config, denoiser, Nothing(), Nothing(), lowering).weights.values())
 
 
 class _DrafterGraph:
@@ -72,13 +77,18 @@ class _DrafterGraph:
         config: DrafterConfig,
         denoiser: TextConfig,
         weights: DrafterWeights,
-        embedding: Embedding,
+        source: WeightSource,
         writer: GraphWriter,
+        lowering: Lowering,
     ) -> None:
         self.config, self.denoiser, self.spec = config, denoiser, config.spec(denoiser)
-        self.weights, self.source, self.w = weights, embedding, writer
-        self.attention = InPlaceCache(writer, self.spec, TensorProto.FLOAT)
-        self.products = Plain(TensorProto.FLOAT, turned=True)
+        self.weights, self.source, self.w, self.lowering = weights, source, writer, lowering
+        self.number = helper.tensor_dtype_to_np_dtype(lowering.dtype)
+        self.products = Plain(lowering.dtype, turned=lowering.in_place)
+        self.attention: Attention = InPlaceCache(writer, self.spec, lowering.dtype)
+        if not lowering.in_place:
+            heads = config.num_attention_heads
+            self.attention = ContextCache(writer, self.spec, lowering.dtype, lowering.kv_dtype, heads, hands_out=False)
 
     def write(self) -> None:
         w, length = self.w, self.config.canvas_length
@@ -93,7 +103,7 @@ class _DrafterGraph:
         for kind in sorted({layer.kind for layer in self.spec.layers}):
             table = w.array(f"inverse_frequencies/{kind}", self.denoiser.rope[kind].inverse_frequencies)
             angles = w.op("Mul", w.op("Unsqueeze", places, w.const([2])), table)
-            self.rope[kind] = (w.op("Cos", angles), w.op("Sin", angles))
+            self.rope[kind] = tuple(self._rounded(w.op(name, angles)) for name in ("Cos", "Sin"))
         everywhere = w.op("GreaterOrEqual", start, w.const(0))  # every row is a canvas, [B, 1]
         self.attention.prepare(steps, w.const(length), everywhere)
         hidden = self._start()
@@ -104,7 +114,14 @@ class _DrafterGraph:
     # ------------------------------------------------------------ weights
 
     def _weight(self, name: str, shape: Sequence[int]) -> str:
-        return self.w.weight(name, shape, np.float32, lambda: [self.weights.float32(name)])
+        return self.w.weight(name, shape, self.number, lambda: [self._number_of(self.weights.float32(name))])
+
+    def _number_of(self, values: Float32) -> Array:
+        """In the graph's precision."""
+        return values.astype(self.number, copy=False)
+
+    def _rounded(self, value: str) -> str:
+        return value if self.lowering.dtype == TensorProto.FLOAT else self.w.op("Cast", value, to_=self.lowering.dtype)
 
     def _matmul(self, value: str, name: str, inputs: int, outputs: int, norm: str = "") -> str:
         """`value` times a weight, which takes in that of the norm before it."""
@@ -118,10 +135,11 @@ class _DrafterGraph:
     def _embedding_rows(self) -> Iterator[Array]:
         count = self.config.vocab_size
         for start in range(0, count, _EMBEDDING_ROWS):
-            yield self.source.float32_slice(_EMBEDDING, slice(start, min(start + _EMBEDDING_ROWS, count)))
+            rows = slice(start, min(start + _EMBEDDING_ROWS, count))
+            yield self._number_of(self.source.float32_slice(_EMBEDDING, rows))
 
     def _rms_norm(self, value: str, dim: int, norm: str = "") -> str:
-        scale = self._weight(f"{norm}.weight", (dim,)) if norm else self.w.const(np.ones(dim), np.float32)
+        scale = self._weight(f"{norm}.weight", (dim,)) if norm else self.w.const(np.ones(dim), self.number)
         eps = self.denoiser.rms_norm_eps
         return self.w.op("RMSNormalization", value, scale, axis=-1, epsilon=eps, stash_type=TensorProto.FLOAT)
 
@@ -130,8 +148,8 @@ class _DrafterGraph:
     def _start(self) -> str:
         w, config = self.w, self.config
         theirs, ours = config.denoiser_hidden_size, config.hidden_size
-        self.embedding = w.weight(_EMBEDDING, (config.vocab_size, theirs), np.float32, self._embedding_rows)
-        embedded = w.op("Mul", w.op("Gather", self.embedding, "last_ids"), w.const(theirs**0.5, np.float32))
+        self.embedding = w.weight(_EMBEDDING, (config.vocab_size, theirs), self.number, self._embedding_rows)
+        embedded = w.op("Mul", w.op("Gather", self.embedding, "last_ids"), w.const(theirs**0.5, self.number))
         last = self._matmul(embedded, "last_token_proj", theirs, ours)  # [B, hidden]
         offsets = self._weight("offset_embedding", (config.canvas_length, ours))
         return w.op("Add", offsets, w.op("Unsqueeze", last, w.const([1])))  # [B, C, hidden]
@@ -160,17 +178,29 @@ class _DrafterGraph:
         scale = self._query_key_scale(prefix, heads, kv_heads, dim)
         rotated = w.op("RotaryEmbedding", w.op("Mul", queries_keys, scale), *self.rope[layer.kind])
         queries, keys = w.ops("Split", rotated, w.const([heads, kv_heads]), outputs=2, axis=1)
-        context = self.attention.attend(index, queries, keys, values, "")
+        context = self.attention.attend(index, queries, keys, values, self._key_scale(index, layer))
         context = w.op("Reshape", w.op("Transpose", context, perm=[0, 2, 1, 3]), w.const([0, 0, -1]))
         return self._matmul(context, f"{prefix}.o_proj", heads * dim, size)
 
     def _query_key_scale(self, prefix: str, heads: int, kv_heads: int, dim: int) -> str:
-        def load() -> list[Float32]:
+        def load() -> list[Array]:
             parts = (("q_norm", heads), ("k_norm", kv_heads))
             tiled = [np.tile(self.weights.float32(f"{prefix}.{name}.weight"), (n, 1, 1)) for name, n in parts]
-            return [np.concatenate(tiled)]
+            return [self._number_of(np.concatenate(tiled))]
 
-        return self.w.weight(f"{prefix}.qk_norm", (heads + kv_heads, 1, dim), np.float32, load)
+        return self.w.weight(f"{prefix}.qk_norm", (heads + kv_heads, 1, dim), self.number, load)
+
+    def _key_scale(self, index: int, layer: LayerSpec) -> str:
+        """By what the denoiser divided the keys in the cache, if it did."""
+        if cache_dtypes(self.lowering.kv_dtype, layer)[0] != "fp8":
+            return ""
+        norm = f"layers.{self.config.reads[index]}.self_attn.k_norm.weight"
+
+        def load() -> list[Array]:
+            greatest = rms_bound(layer.head_dim) * np.abs(self.source.float32(norm)).max()
+            return [self._number_of(power_of_two_scale(greatest))]
+
+        return self.w.weight(f"layers.{index}.key_cache.scale", (), self.number, load)
 
     def _head(self, hidden: str) -> None:
         w, config, cap = self.w, self.config, self.denoiser.final_logit_softcapping
@@ -179,6 +209,8 @@ class _DrafterGraph:
         projected = self._matmul(normed, "output_proj", config.hidden_size, config.denoiser_hidden_size, "norm")
         flat = w.op("Reshape", projected, w.const([-1, config.denoiser_hidden_size]))
         raw = w.op("MatMul", flat, w.op("Transpose", self.embedding, perm=[1, 0]))  # [B * C, V]
+        if self.lowering.dtype != TensorProto.FLOAT:
+            raw = w.op("Cast", raw, to_=TensorProto.FLOAT)
         logits = w.op("Mul", w.op("Tanh", w.op("Mul", raw, w.const(1 / cap, f32))), w.const(cap, f32))
         top, argmax = w.ops("TopK", logits, w.const([1]), outputs=2, axis=-1)
         others = w.op("ReduceSum", w.op("Exp", w.op("Sub", logits, top)), w.const([1]))

@@ -18,6 +18,7 @@ from dgemma_runtime.errors import ManifestError
 # Optimisation profiles: up to max_batch_size rows of a canvas's length, any number of them canvases; or one row of up
 # to max_encode_tokens, which is none.
 DENOISE, ENCODE = 0, 1
+ENGINE_FILE = "rank0.engine"
 CACHES = (("key_cache", "new_keys"), ("value_cache", "new_values"))  # in the order of `cache_dtypes`
 CALL_INPUTS = {  # name -> type, dimensions
     "token_ids": ("int32", "BL"),
@@ -99,14 +100,16 @@ def read_bindings(
         max_batch_size=max_batch_size,
         max_encode_tokens=max_encode_tokens,
     )
-    needed = bindings.specs()
+    remedy = "build the engine again with this version's `dgemma-build engine`"
+    check_tensors(path, bindings.specs(), tensors, remedy)
+    return bindings
+
+
+def check_tensors(path: Path, needed: Mapping[str, TensorSpec], tensors: Mapping[str, TensorSpec], remedy: str) -> None:
+    """Raises ManifestError where the `tensors` of an engine are not those that are needed."""
     for name in sorted(needed.keys() | tensors.keys()):
         if problem := _difference(needed.get(name), tensors.get(name)):
-            raise ManifestError(
-                f"{path}: the engine and this runtime differ in {name}: {problem}; "
-                "build the engine again with this version's `dgemma-build engine`"
-            )
-    return bindings
+            raise ManifestError(f"{path}: the engine and this runtime differ in {name}: {problem}; {remedy}")
 
 
 def _full_slots(spec: ModelSpec, tensors: Mapping[str, TensorSpec]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dgemma_runtime.contract import Engine, EngineLimits, Manifest
-from dgemma_runtime.drafter_manifest import DRAFTING_BACKENDS
+from dgemma_runtime.drafter_manifest import DRAFTING_BACKENDS, DrafterManifest, check_drafter
 from dgemma_runtime.errors import ConfigurationError, ManifestError
 from dgemma_runtime.host_memory import AvailableMemory
 from dgemma_runtime.memory_plan import MemoryPlan, plan_device_memory, plan_host_memory
@@ -58,17 +58,25 @@ def _open_tensorrt(directory: Path, manifest: Manifest, settings: RuntimeSetting
     from dgemma_runtime.engines.tensorrt_program import check_target, program_loader, tensorrt_library
 
     check_manifest(directory, manifest)
-    library = tensorrt_library(directory, manifest)
+    described: list[tuple[Path, Manifest | DrafterManifest]] = [(directory, manifest)]
+    draft_model = None if settings.draft_model is None else Path(settings.draft_model)
+    if draft_model is not None:
+        drafter = DrafterManifest.load(draft_model, verify_hashes=False)
+        check_drafter(draft_model, drafter, manifest)
+        described.append((draft_model, drafter))
+    library, *_ = [tensorrt_library(*one) for one in described]
     device = CudaDevice(settings.gpu)
     try:
-        check_target(directory, manifest, device)
+        for one in described:
+            check_target(*one, device)
         weights = (directory / ENGINE_FILE).stat().st_size
         free = AvailableMemory(device.available_bytes(), f"free memory of GPU {device.index}, {device.name}")
         limits = _planned(plan_device_memory(weights, manifest, settings, free))
     except BaseException:
         device.close()
         raise
-    return TensorRtEngine(directory, limits, device, program_loader(library, device), settings.cuda_graphs)
+    load = program_loader(library, device)
+    return TensorRtEngine(directory, limits, device, load, settings.cuda_graphs, draft_model)
 
 
 def _open_scripted(directory: Path, manifest: Manifest, settings: RuntimeSettings) -> Engine:

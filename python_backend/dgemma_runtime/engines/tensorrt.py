@@ -32,17 +32,18 @@ from dgemma_runtime.contract import (
     cache_dtypes,
 )
 from dgemma_runtime.drafter_manifest import DrafterManifest
+from dgemma_runtime.engines.bindings import ENGINE_FILE as ENGINE_FILE
 from dgemma_runtime.engines.bindings import Bindings, read_bindings
 from dgemma_runtime.engines.call_memory import FreshMemory, slots_for, smallest_slots
 from dgemma_runtime.engines.device import Device, OutOfMemory, Program
 from dgemma_runtime.engines.encoder import Encoder
 from dgemma_runtime.engines.kv_memory import KEYS, VALUES, KvMemory
 from dgemma_runtime.engines.number_formats import from_float32, to_float32
+from dgemma_runtime.engines.trt_drafter import TensorRtDrafter, open_drafter
 from dgemma_runtime.engines.workspace import Occupant, Shared, Workspace
 from dgemma_runtime.errors import ConfigurationError, EngineMemoryError, ManifestError
 
 BACKENDS = ("tensorrt", "tensorrt_rtx", "tensorrt_llm")
-ENGINE_FILE = "rank0.engine"
 _PRECISIONS, _KV_DTYPES = ("fp32", "bf16", "fp16", "fp8", "int4"), ("fp32", "bf16", "fp16", "fp8")
 _WASTE = 4  # a canvas may stand among so many times as many slots as it needs, to share a call
 _SPARE_SLOTS = 4096  # by which rounding up makes a row longer than its context, at most
@@ -80,15 +81,21 @@ class TensorRtEngine:
     """Engine over `rank0.engine` of an engine directory; see `dgemma_runtime.contract.Engine`.
 
     The device is the engine's own from here on. `load` makes the program from the engine file, which is complete and
-    unaltered when it is called. `graphs` is whether steps are captured and replayed.
+    unaltered when it is called. `graphs` is whether steps are captured and replayed. `draft_model` is the engine
+    directory of a drafter, which `load` makes a program of as well.
     """
 
-    drafter: DrafterManifest | None = None
-
     def __init__(
-        self, directory: Path, limits: EngineLimits, device: Device, load: Loader, graphs: bool = True
+        self,
+        directory: Path,
+        limits: EngineLimits,
+        device: Device,
+        load: Loader,
+        graphs: bool = True,
+        draft_model: Path | None = None,
     ) -> None:
         self.limits = limits
+        self._drafter: TensorRtDrafter | None = None
         with ExitStack() as held:
             held.callback(device.close)
             check_manifest(directory, Manifest.load(directory, verify_hashes=False))
@@ -96,9 +103,14 @@ class TensorRtEngine:
             self.spec = self.manifest.model
             try:
                 self._open(held, device, directory / ENGINE_FILE, load, graphs)
+                if draft_model is not None:
+                    self._drafter = open_drafter(held, draft_model, self.manifest, device, load, self._bindings)
+                self._check_room(device)
             except OutOfMemory as error:
                 raise ConfigurationError(str(error)) from None
             self._held = held.pop_all()
+        self.drafter: DrafterManifest | None = self._drafter.manifest if self._drafter else None
+        self._begun: set[int] = set()  # slots that a draft has laid the context out for
         self._device = device
         self._workspaces: list[Workspace] = []
         self._where: dict[int, Workspace] = {}  # slot -> its workspace
@@ -117,9 +129,11 @@ class TensorRtEngine:
         self._shared = Shared(self._memory, program, self._bindings, fresh, graphs)
         self._encoder = Encoder(self._shared)
         held.callback(self._encoder.close)
+
+    def _check_room(self, device: Device) -> None:
         need, free = _most_cache_bytes(self._memory, self._bindings), device.available_bytes()
         if need > free:
-            raise OutOfMemory(need, f"the contexts of {limits.max_batch_size} canvases", free)
+            raise OutOfMemory(need, f"the contexts of {self.limits.max_batch_size} canvases", free)
 
     # ------------------------------------------------------------ calls
 
@@ -129,7 +143,16 @@ class TensorRtEngine:
             self._with_room(partial(self._encoder.encode, row))
 
     def draft(self, rows: Sequence[DraftRow]) -> DraftResult:
-        raise AssertionError("this engine takes no drafter")
+        assert self._drafter is not None, "the engine was opened without a drafter"
+        try:
+            self._with_room(lambda: self._place_all([(row.position, row.slot, row.pages) for row in rows]))
+            result = self._drafter.draft(rows, self._where)
+        except BaseException:  # the first step lays them out again
+            for row in rows:
+                self.release(row.slot)
+            raise
+        self._begun = {row.slot for row in rows}
+        return result
 
     def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
         slots = [row.slot for row in rows] + [row.slot for row in commits]
@@ -138,9 +161,10 @@ class TensorRtEngine:
         argmax, sampled = np.empty(shape, np.int32), np.empty(shape, np.int32)
         entropies = np.empty(shape, np.float32)
         new = [row.slot for row in rows if row.first_step]
+        begun, self._begun = self._begun, set()
         new += [commit.slot for commit in commits if not self._has_canvas(commit) and commit.slot not in self._parked]
         try:
-            batches = self._with_room(lambda: self._prepare(rows, commits))
+            batches = self._with_room(lambda: self._prepare(rows, commits, begun))
         except EngineMemoryError:
             for slot in new:
                 self.release(slot)
@@ -155,6 +179,7 @@ class TensorRtEngine:
         return DenoiseResult(argmax, sampled, entropies)
 
     def release(self, slot: int) -> None:
+        self._begun.discard(slot)
         self._parked.pop(slot, None)
         self._leave(slot)
 
@@ -180,16 +205,20 @@ class TensorRtEngine:
         except OutOfMemory as error:
             raise EngineMemoryError(str(error)) from error
 
-    def _prepare(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow]) -> list[_Batch]:
-        """All that takes memory, so that what follows cannot fail for want of it. May be done again."""
-        going_on = [row.slot for row in rows if not row.first_step] + [commit.slot for commit in commits]
+    def _prepare(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow], begun: set[int]) -> list[_Batch]:
+        """All that takes memory, so that what follows cannot fail for want of it. May be done again.
+
+        The contexts of `begun` slots are laid out for their first step.
+        """
+        starting = [row for row in rows if row.first_step and row.slot not in begun]
+        going_on = [row.slot for row in rows if not row.first_step or row.slot in begun]
+        going_on += [commit.slot for commit in commits]
         for slot in going_on:
             if slot in self._parked:
                 self._bring_back(slot)
-        missing = [(row.position, row.slot, row.pages) for row in rows if row.first_step]
+        missing = [(row.position, row.slot, row.pages) for row in starting]
         missing += [(commit.position, commit.slot, commit.pages) for commit in commits if not self._has_canvas(commit)]
-        for position, slot, pages in sorted(missing, key=lambda one: -one[0]):  # shorter contexts join longer ones
-            self._place(slot, position, pages)
+        self._place_all(missing)
         batches = []
         slots = [row.slot for row in rows] + [commit.slot for commit in commits]
         for workspace in {id(self._where[slot]): self._where[slot] for slot in slots}.values():
@@ -207,6 +236,11 @@ class TensorRtEngine:
         workspace = self._where.pop(slot, None)
         if workspace is not None:
             workspace.leave(slot)
+
+    def _place_all(self, canvases: Sequence[tuple[int, int, SequencePages]]) -> None:
+        """Of each: tokens of context, slot, pages."""
+        for position, slot, pages in sorted(canvases, key=lambda one: -one[0]):  # shorter contexts join longer ones
+            self._place(slot, position, pages)
 
     def _place(self, slot: int, position: int, pages: SequencePages) -> None:
         self._leave(slot)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_runtime.contract import Manifest
+from dgemma_runtime.drafter_manifest import DrafterManifest
 from dgemma_runtime.engines.bindings import ENCODE
 from dgemma_runtime.engines.cuda import CudaDevice
 from dgemma_runtime.engines.device import ALIGNMENT, OutOfMemory, Tensor, TensorSpec
@@ -28,7 +29,7 @@ _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _REBUILD = "build the engine again with `dgemma-build engine`"
 
 
-def tensorrt_library(directory: Path, manifest: Manifest) -> Any:
+def tensorrt_library(directory: Path, manifest: Manifest | DrafterManifest) -> Any:
     """The Python module of the manifest's backend, in the version that built the engine.
 
     Raises ConfigurationError where it is not installed, ManifestError where it is another version.
@@ -60,7 +61,7 @@ def _import(name: str) -> tuple[Any, str]:
     return library, f"{plugins.__version__}+tensorrt.{library.__version__}"
 
 
-def check_target(directory: Path, manifest: Manifest, device: CudaDevice) -> None:
+def check_target(directory: Path, manifest: Manifest | DrafterManifest, device: CudaDevice) -> None:
     """Raises ManifestError where the GPU is none that the engine was built for."""
     targets = [target.strip() for target in manifest.target.split(",")]
     if f"sm_{device.sm}" not in targets:

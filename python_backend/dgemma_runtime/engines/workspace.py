@@ -139,7 +139,7 @@ class Workspace:
         """Every canvas under way; waits for the device."""
         found = []
         for slot in self._canvases:
-            row = self._rows[self._index(slot)]
+            row = self._rows[self.index(slot)]
             assert row.pages is not None
             found.append(Occupant(slot, row.position, row.pages, self.read_soft(slot)))
         return found
@@ -150,7 +150,7 @@ class Workspace:
 
     def has_canvas(self, slot: int, position: int) -> bool:
         """Whether a canvas is under way in the slot, behind so many tokens."""
-        return slot in self._canvases and self._rows[self._index(slot)].position == position
+        return slot in self._canvases and self._rows[self.index(slot)].position == position
 
     # ------------------------------------------------------------ canvases
 
@@ -172,7 +172,7 @@ class Workspace:
         """The sequence is over, or goes elsewhere."""
         if slot in self._canvases:
             self._end(slot)
-        row = self._rows[self._index(slot)]
+        row = self._rows[self.index(slot)]
         row.slot = row.pages = None
 
     def prepare(self, stepping: int, commits: int) -> None:
@@ -210,18 +210,18 @@ class Workspace:
         """The call's inputs. Rows and canvases that take no part keep theirs, and nobody reads their results."""
         inputs = self.small.inputs.arrays
         for row, place in zip(rows, places, strict=True):
-            inputs["token_ids"][self._index(row.slot)] = row.canvas_ids
+            inputs["token_ids"][self.index(row.slot)] = row.canvas_ids
             inputs["uniforms"][place], inputs["temperature"][place] = row.uniforms, row.temperature
         for commit in commits:
-            inputs["token_ids"][self._index(commit.slot)] = commit.token_ids
-        canvases = [self._index(slot) for slot in self._canvases] if rows else []
+            inputs["token_ids"][self.index(commit.slot)] = commit.token_ids
+        canvases = [self.index(slot) for slot in self._canvases] if rows else []
         inputs["canvas_rows"][: len(canvases)] = canvases
         inputs["is_canvas"][:] = False
         inputs["is_canvas"][canvases] = True
 
     def _append(self, call: _Call, commit: CommitRow) -> None:
         """The canvas becomes context: of its pages, and of its row where it has room for it."""
-        index, memory = self._index(commit.slot), self.shared.memory
+        index, memory = self.index(commit.slot), self.shared.memory
         row, count = self._rows[index], len(commit.token_ids)
         added = Added(index, commit.position, count, commit.pages)
         if commit.position + count > self.slots:
@@ -230,7 +230,8 @@ class Workspace:
         memory.append(call.fresh, self.blocks, added, row.content)
         row.position, row.pages = commit.position + count, commit.pages
 
-    def _index(self, slot: int) -> int:
+    def index(self, slot: int) -> int:
+        """The row of a sequence that is here."""
         return next(index for index, row in enumerate(self._rows) if row.slot == slot)
 
     def _compact(self) -> None:
