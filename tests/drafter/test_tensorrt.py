@@ -176,6 +176,17 @@ def same(ours: DenoiseResult, theirs: DenoiseResult) -> None:
     assert np.array_equal(ours.entropies, theirs.entropies)
 
 
+def test_a_context_is_laid_out_once_for_draft_and_step(pair: tuple[Slots, Slots]) -> None:
+    drafted = pair[0]
+    devices = [slots.engine._device for slots in pair]  # type: ignore[attr-defined]
+    before = [device.copies for device in devices]
+    drafted.engine.draft([drafted.row(slot) for slot in range(len(LENGTHS))])
+    for slots in pair:
+        slots.step(*range(len(LENGTHS)))
+    copies = [device.copies - count for device, count in zip(devices, before, strict=True)]
+    assert copies[0] == copies[1] > len(LENGTHS)
+
+
 def test_a_draft_that_fails_leaves_its_slots_free(pair: tuple[Slots, Slots], monkeypatch: pytest.MonkeyPatch) -> None:
     drafted, plain = pair
 

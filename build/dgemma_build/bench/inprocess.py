@@ -39,10 +39,11 @@ class Outcome:
 
 
 def open_measured(directory: Path, limits: EngineLimits, threads: int, draft_model: str | None = None) -> Engine:
-    """An engine that runs on this machine: ONNX Runtime's, or TensorRT's graph emulated on it, without a drafter."""
+    """An engine that runs on this machine: ONNX Runtime's, or TensorRT's graph emulated on it."""
+    drafter = None if draft_model is None else Path(draft_model)
     if Manifest.load(directory, verify_hashes=False).target == EmulatedBackend.target:
-        return open_emulated(directory, limits, threads)
-    return OnnxRuntimeEngine(directory, limits, threads, None if draft_model is None else Path(draft_model))
+        return open_emulated(directory, limits, threads, drafter)
+    return OnnxRuntimeEngine(directory, limits, threads, drafter)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a drafter beside the model would take: bytes, and the least time of a draft beside a step. Reads no weights.
 
 Its sizes are in proportion to those of the demo's drafter: two pairs of layers, each over the keys and values of a full
-layer and of the layer before it. Drafters run on ONNX Runtime so far; for a GPU this says what one would cost there.
+layer and of the layer before it.
 """
 
 from __future__ import annotations
