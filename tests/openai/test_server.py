@@ -27,7 +27,7 @@ from dgemma_openai import protocol
 from dgemma_openai.protocol import LimitedProtocol
 
 pytestmark = pytest.mark.asyncio
-FACTS = {"max_model_len": "4096", "canvas_length": "64"}
+FACTS = {"max_model_len": "4096"}
 START_S = 60.0
 
 
