@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from dgemma_build.demo.revisions import check_fix, check_rename
 from dgemma_build.demo.skills import (
     HOLE,
     SKILLS,
@@ -95,3 +96,31 @@ def test_infill_checker_runs_the_code_and_accepts_another_way_to_say_it() -> Non
 )
 def test_infill_checker_runs_nothing_but_arithmetic(answer: str) -> None:
     assert not check_infill(f"Fill in the middle:\ndef double(n):\n    {HOLE}\n    return out", answer)
+
+
+def test_rename_checker_wants_the_key_renamed_everywhere_and_nothing_else_touched() -> None:
+    document = '[{"age": 36, "to": "Lima"},\n{"age": 7, "to": "Oslo"}]'
+    prompt = f'Rename the key "age" to "years":\n{document}'
+    right = document.replace("age", "years")
+    assert check_rename(prompt, right)
+    assert check_rename(prompt, right + "\n")
+    for wrong in (
+        document,
+        right.replace("years", "age", 1),
+        right.replace("36", "63"),
+        right.replace('"to"', '"from"'),
+        right.replace("\n", " "),
+        '[{"to": "Lima", "years": 36},\n{"to": "Oslo", "years": 7}]',
+    ):
+        assert not check_rename(prompt, wrong)
+    assert not check_rename(document, right)
+
+
+def test_fix_checker_wants_one_cell_changed() -> None:
+    table = "| row | name | price |\n|---|---|---|\n| 1 | Ada | 12 |\n| 2 | Bo | 12 |"
+    last, middle = (f"Change row 2, column {change}:\n{table}" for change in ('"price" to 20', '"name" to Eve'))
+    assert check_fix(last, table.replace("Bo | 12", "Bo | 20"))
+    assert check_fix(middle, table.replace("Bo", "Eve"))
+    for wrong in (table, table.replace("12", "20"), table.replace("Ada | 12", "Ada | 20"), table.replace("Bo", "20")):
+        assert not check_fix(last, wrong)
+    assert not check_fix(table, table)
