@@ -143,4 +143,7 @@ def test_a_batch_of_drafts_has_second_turns_and_starts_that_are_partly_wrong() -
     assert wrong[~batch.drafted].sum() == 0
     assert (wrong[batch.drafted] > 0).float().mean() > 0.5
     assert batch.context.shape == (60, 400)
+    trimmed = batch.trimmed()
+    assert batch.lengths.max() <= trimmed.context.shape[1] < 400
+    assert (trimmed.context != 0).sum() == (batch.context != 0).sum()
     assert (batch.context != 0).sum(1).tolist() == batch.lengths.tolist(), "padding stands only behind a context"

@@ -25,6 +25,7 @@ from dgemma_build.demo.tokenizer import TURN_END, render_chat
 from dgemma_build.demo.turns import draw_chat
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_WIDTHS = 32  # trimmed batches have multiples of this: torch keeps something for every shape it has met
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,9 @@ class Batch:
     drafted: Tensor  # [B] bool
 
     def trimmed(self) -> Batch:
-        """Without the padding that no row needs; the shapes vary then, for which a compiled model would be remade."""
-        return replace(self, context=self.context[:, : int(self.lengths.max())])
+        """Without the padding that no row needs; the widths vary then, for which a compiled model would be remade."""
+        width = -(-int(self.lengths.max()) // _WIDTHS) * _WIDTHS
+        return replace(self, context=self.context[:, :width])
 
     def arrays(self) -> list[Array]:
         """Every field, for a queue between processes."""
