@@ -133,7 +133,7 @@ def test_training_goes_on_from_a_checkpoint_with_its_log_before_the_new_one(tmp_
 
 def test_a_batch_of_drafts_has_second_turns_and_starts_that_are_partly_wrong() -> None:
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
-    bucket = Bucket("far", 400, 60, {"fix": 0.5, "rename": 0.5}, second_turns=0.5)
+    bucket = Bucket("far", 900, 60, {"fix": 0.5, "rename": 0.5}, second_turns=0.5)
     batch = Sampler(tokenizer, 64, draft_share=0.5).batch(bucket, random.Random(0))
     turn = tokenizer.token_to_id(TURN_START)
     turns = (batch.context == turn).sum(1)
@@ -142,8 +142,8 @@ def test_a_batch_of_drafts_has_second_turns_and_starts_that_are_partly_wrong() -
     wrong = (batch.start != batch.clean).sum(1)
     assert wrong[~batch.drafted].sum() == 0
     assert (wrong[batch.drafted] > 0).float().mean() > 0.5
-    assert batch.context.shape == (60, 400)
+    assert batch.context.shape == (60, 900)
     trimmed = batch.trimmed()
-    assert batch.lengths.max() <= trimmed.context.shape[1] < 400
+    assert batch.lengths.max() <= trimmed.context.shape[1] < 900
     assert (trimmed.context != 0).sum() == (batch.context != 0).sum()
     assert (batch.context != 0).sum(1).tolist() == batch.lengths.tolist(), "padding stands only behind a context"
