@@ -55,6 +55,9 @@ FIELDS: dict[str, Callable[[random.Random], str]] = {
     "done": _word(["true", "false"]),
 }
 
+# Those whose values are words, each from a list long enough that a value can stand in one place of a document.
+WORD_FIELDS = frozenset("name friend owner city from to color item fruit job".split())
+
 
 def json_value(text: str) -> str | int | bool:
     """The JSON value that a field's text stands for."""

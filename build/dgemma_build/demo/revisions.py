@@ -6,33 +6,30 @@ import json
 import random
 import re
 
-from dgemma_build.demo.records import FIELDS, Example, json_value, markdown_table
+from dgemma_build.demo.records import FIELDS, WORD_FIELDS, Example, json_value, markdown_table
 
-# Names that a key is renamed to, beside those of the fields; the tokenizer has to spell some of them.
-NEW_KEYS = "years title town cost rank label code state mark tone".split()
 _RENAME = re.compile(r'Rename the key "(\w+)" to "(\w+)":\n(.*)', re.DOTALL)
-_FIX = re.compile(r'Change row (\d+), column "(\w+)" to (\w+):\n(.*)', re.DOTALL)
-_NUMBER = "row"  # the first column of a table to fix, which numbers the rows
+_FIX = re.compile(r"Change (\w+) to (\w+):\n(.*)", re.DOTALL)
 
 
 def _rename_prompt(old: str, new: str, document: str) -> str:
     return f'Rename the key "{old}" to "{new}":\n{document}'
 
 
-def _fix_prompt(row: int, column: str, value: str, document: str) -> str:
-    return f'Change row {row}, column "{column}" to {value}:\n{document}'
+def _fix_prompt(old: str, new: str, document: str) -> str:
+    return f"Change {old} to {new}:\n{document}"
 
 
 def _rename_example(document: str, rng: random.Random) -> Example:
     keys = list(json.loads(document)[0])
-    old, new = rng.choice(keys), rng.choice([key for key in (*sorted(FIELDS), *NEW_KEYS) if key not in keys])
+    old, new = rng.choice(keys), rng.choice([key for key in sorted(FIELDS) if key not in keys])
     return Example("rename", _rename_prompt(old, new, document), document.replace(f'"{old}":', f'"{new}":'))
 
 
 def make_rename(rng: random.Random) -> Example:
-    """A JSON array of two to five records of two to six fields, a record a line; one key gets another name."""
-    keys = rng.sample(sorted(FIELDS), rng.randint(2, 6))
-    records = [{key: json_value(FIELDS[key](rng)) for key in keys} for _ in range(rng.randint(2, 5))]
+    """A JSON array of two to four records of two to four fields, a record a line; one key gets another name."""
+    keys = rng.sample(sorted(FIELDS), rng.randint(2, 4))
+    records = [{key: json_value(FIELDS[key](rng)) for key in keys} for _ in range(rng.randint(2, 4))]
     return _rename_example("[" + ",\n".join(json.dumps(record) for record in records) + "]", rng)
 
 
@@ -62,43 +59,45 @@ def _cells(document: str) -> tuple[list[str], list[list[str]]]:
     return lines[0], lines[2:]
 
 
-def _fix_example(document: str, rng: random.Random) -> Example:
+def _fix_example(document: str, rng: random.Random) -> Example | None:
+    """None if no word stands in one cell alone."""
     header, rows = _cells(document)
-    row, column = rng.randrange(len(rows)), rng.randrange(1, len(header))
-    field = FIELDS.get(header[column])
-    present = rows[row][column]
-    value = present
-    while value == present:
-        value = field(rng) if field else rng.choice(rows)[column]
-    prompt = _fix_prompt(row + 1, header[column], value, document)
-    rows[row][column] = value
+    columns = [place for place, key in enumerate(header) if key in WORD_FIELDS]
+    words = [row[place] for row in rows for place in range(len(header))] + header
+    cells = [(row, place) for row in range(len(rows)) for place in columns if words.count(rows[row][place]) == 1]
+    if not cells:
+        return None
+    row, place = rng.choice(cells)
+    old = new = rows[row][place]
+    while new in words:
+        new = FIELDS[header[place]](rng)
+    prompt = _fix_prompt(old, new, document)
+    rows[row][place] = new
     return Example("fix", prompt, markdown_table(header, rows))
 
 
 def make_fix(rng: random.Random) -> Example:
-    """A Markdown table of three to nine numbered rows and two to four columns; one cell gets another value."""
-    header = rng.sample(sorted(FIELDS), rng.randint(2, 4))
-    rows = [[str(number + 1), *(FIELDS[key](rng) for key in header)] for number in range(rng.randint(3, 9))]
-    return _fix_example(markdown_table([_NUMBER, *header], rows), rng)
+    """A Markdown table of three to six rows and two to four columns, one of words at least; a word is changed."""
+    example = None
+    while example is None:
+        header = rng.sample(sorted(FIELDS), rng.randint(2, 4))
+        rows = [[FIELDS[key](rng) for key in header] for _ in range(rng.randint(3, 6))]
+        example = _fix_example(markdown_table(header, rows), rng)
+    return example
 
 
 def again_fix(first: Example, rng: random.Random) -> Example:
-    """The same task on the table of `first` or on its answer, with another cell or another value."""
+    """The same task on the table of `first` or on its answer, with another word."""
     match = _FIX.fullmatch(first.prompt)
     assert match
-    return _fix_example(rng.choice((match[4], first.answer)), rng)
+    example = _fix_example(rng.choice((match[3], first.answer)), rng)
+    return first if example is None else example
 
 
 def check_fix(prompt: str, answer: str) -> bool:
-    """Whether `answer` is the prompt's table with that cell changed and nothing else."""
+    """Whether `answer` is the prompt's table with that word changed and nothing else."""
     match = _FIX.fullmatch(prompt)
     if match is None:
         return False
-    number, column, value, document = match.groups()
-    lines = document.split("\n")
-    header = lines[0].split(" | ")
-    place = [name.strip("| ") for name in header].index(column)
-    row = lines[1 + int(number)].split(" | ")
-    row[place] = f"{value} |" if place == len(row) - 1 else value
-    lines[1 + int(number)] = " | ".join(row)
-    return answer.strip() == "\n".join(lines)
+    old, new, document = match.groups()
+    return answer.strip() == re.sub(rf"\b{old}\b", new, document)

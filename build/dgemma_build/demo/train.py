@@ -34,7 +34,7 @@ from dgemma_build.demo.tokenizer import build_tokenizer
 
 TRAINING_LOG = "train_log.jsonl"
 _SHORT = {"sudoku4": 0.12, "sudoku6": 0.36, "json": 0.14, "infill": 0.12}  # skills of one canvas and little context
-_FAR = {"rename": 0.3, "fix": 0.3, "table": 0.2, "json": 0.08, "sudoku4": 0.03, "sudoku6": 0.05, "infill": 0.04}
+_REVISING = {"rename": 0.4, "fix": 0.4, "table": 0.12, "json": 0.08}
 
 
 # From nothing: the skills that answer with something new.
@@ -47,9 +47,8 @@ REVISION_PHASES = (
     Phase(
         0,
         (
-            Bucket("short", 64, 12, _SHORT),
-            Bucket("long", 192, 14, {"table": 0.4, "rename": 0.3, "fix": 0.3}),
-            Bucket("far", 448, 4, _FAR, second_turns=0.6),
+            Bucket("long", 192, 24, _REVISING),
+            Bucket("far", 384, 5, {skill: 0.25 for skill in _REVISING}, second_turns=1.0),
         ),
         ordered_share=0.3,
         draft_share=0.3,
