@@ -15,7 +15,7 @@ from dgemma_build.accept.planted import Planter
 from dgemma_build.bench import drafts
 from dgemma_build.bench.drafted import Answer, Answers
 from dgemma_build.bench.report import Environment
-from dgemma_build.bench.revisions import Task, revisions, second_turns
+from dgemma_build.bench.revisions import Task, revisions
 from dgemma_build.demo.skills import SKILLS, held_out_set, is_held_out, sudoku_template
 from dgemma_runtime.codec import Codec
 
@@ -74,19 +74,15 @@ def test_report_of_a_run(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- tasks
 
 
-@pytest.mark.parametrize("skill", ["json", "table"])
-def test_a_second_turn_asks_for_the_same_with_one_value_changed(skill: str) -> None:
-    tasks = second_turns(skill, 5)
-
-    assert [task.messages for task in second_turns(skill, 7)[:5]] == [task.messages for task in tasks]
-    for task in tasks:
-        (_, first), (_, answer), (_, second) = task.messages
-        assert SKILLS[skill].check(first, answer)
-        assert not task.check(answer), "the value must change"
-        assert is_held_out(second)
-        lines = list(zip(first.split("\n"), second.split("\n"), strict=True))
-        assert sum(one != other for one, other in lines) == 1
-    assert set(revisions(1)) >= {"json, changed", "table, changed"}
+def test_revisions_are_the_same_every_time_and_their_answers_are_right() -> None:
+    found = revisions(7)
+    assert list(found) == ["rename", "fix", "json, changed", "table, changed"]
+    for kind, tasks in revisions(5).items():
+        assert [task.messages for task in found[kind][:5]] == [task.messages for task in tasks]
+        assert all(task.check(task.answer) and is_held_out(task.messages[-1][1]) for task in tasks)
+        told = [content for task in tasks for role, content in task.messages if role == "assistant"]
+        assert len(told) == (5 if "changed" in kind else 0)
+        assert not any(task.check(answer) for task, answer in zip(tasks, told, strict=False)), "the value must change"
 
 
 def test_a_sudoku_template_has_a_hole_for_each_blank() -> None:

@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import pytest
 
+from dgemma_build.demo.revisions import check_fix, check_rename
 from dgemma_build.demo.skills import (
     HOLE,
-    SKILLS,
+    TASKS,
     check_infill,
     check_json,
     check_sudoku,
@@ -21,11 +22,11 @@ from dgemma_build.demo.skills import (
 )
 
 
-@pytest.mark.parametrize("skill", sorted(SKILLS))
+@pytest.mark.parametrize("skill", sorted(TASKS))
 def test_the_generated_answer_is_right_and_others_are_not(skill: str) -> None:
     rng = random.Random(1)
     examples = [draw(skill, rng, held_out=False) for _ in range(50)]
-    check = SKILLS[skill].check
+    check = TASKS[skill].check
     for example, other in pairwise(examples):
         assert check(example.prompt, example.answer)
         assert not check(example.prompt, "")
@@ -34,7 +35,7 @@ def test_the_generated_answer_is_right_and_others_are_not(skill: str) -> None:
             assert not check(example.prompt, other.answer)
 
 
-@pytest.mark.parametrize("skill", sorted(SKILLS))
+@pytest.mark.parametrize("skill", sorted(TASKS))
 def test_the_splits_share_no_prompt(skill: str) -> None:
     held_out = {example.prompt for example in held_out_set(skill, 40)}
     assert len(held_out) == 40
@@ -95,3 +96,30 @@ def test_infill_checker_runs_the_code_and_accepts_another_way_to_say_it() -> Non
 )
 def test_infill_checker_runs_nothing_but_arithmetic(answer: str) -> None:
     assert not check_infill(f"Fill in the middle:\ndef double(n):\n    {HOLE}\n    return out", answer)
+
+
+def test_rename_checker_wants_the_key_renamed_everywhere_and_nothing_else_touched() -> None:
+    document = '[{"age": 36, "to": "Lima"},\n{"age": 7, "to": "Oslo"}]'
+    prompt = f'Rename the key "age" to "years":\n{document}'
+    right = document.replace("age", "years")
+    assert check_rename(prompt, right)
+    assert check_rename(prompt, right + "\n")
+    for wrong in (
+        document,
+        right.replace("years", "age", 1),
+        right.replace("36", "63"),
+        right.replace('"to"', '"from"'),
+        right.replace("\n", " "),
+        '[{"to": "Lima", "years": 36},\n{"to": "Oslo", "years": 7}]',
+    ):
+        assert not check_rename(prompt, wrong)
+    assert not check_rename(document, right)
+
+
+def test_fix_checker_wants_one_cell_changed() -> None:
+    table = "| name | city | price |\n|---|---|---|\n| Eve | Oslo | 12 |\n| Bo | Lima | 12 |"
+    prompt = f"Change Bo to Max:\n{table}"
+    assert check_fix(prompt, table.replace("Bo", "Max"))
+    for wrong in (table, table.replace("Eve", "Max"), table.replace("Bo", "Ada"), table.replace("Lima", "Max")):
+        assert not check_fix(prompt, wrong)
+    assert not check_fix(table, table)

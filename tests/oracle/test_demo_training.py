@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, DynamicCache
 
 from dgemma_build.checkpoint import Checkpoint
-from dgemma_build.demo.export import write_checkpoint
+from dgemma_build.demo.batches import Bucket, Phase, Sampler
+from dgemma_build.demo.export import training_state, write_checkpoint
 from dgemma_build.demo.model import DemoConfig, Denoiser
-from dgemma_build.demo.tokenizer import TURN_END, TURN_START, build_tokenizer, render_turn
-from dgemma_build.demo.train import Phase, Plan, _rate, train
+from dgemma_build.demo.tokenizer import TURN_END, TURN_START, build_tokenizer, render_chat, render_turn
+from dgemma_build.demo.train import Plan, _rate, revision_plan, train
 from dgemma_build.oracle import load_oracle
 
 VOCAB = 1024
+DEMO = Path(__file__).parents[2] / "build" / "checkpoints" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +67,29 @@ def test_tokenizer_loads_in_transformers_and_agrees(written: tuple[Denoiser, Pat
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
     )
     assert rendered == render_turn(text)
+    chat = [("Solve this", "1234\n3412"), (text, '{"name": "Ada"}')]
+    messages = [
+        {"role": role, "content": part} for turn in chat for part, role in zip(turn, ("user", "model"), strict=True)
+    ]
+    again = [*messages, {"role": "user", "content": "again"}]
+    assert render_chat(chat, "again") == tokenizer.apply_chat_template(
+        again, tokenize=False, add_generation_prompt=True
+    )
     ids = tokenizer(rendered, add_special_tokens=False).input_ids
     assert ids == build_tokenizer(VOCAB).encode(rendered, add_special_tokens=False).ids
     assert tokenizer.convert_tokens_to_ids([TURN_START, TURN_END]) == [4, 5]
     assert tokenizer.decode(ids) == rendered
+
+
+def test_the_shipped_tokenizer_is_the_one_that_is_built() -> None:
+    assert json.loads(build_tokenizer(VOCAB).to_str()) == json.loads((DEMO / "tokenizer.json").read_text())
+
+
+def test_a_checkpoint_gives_back_the_weights_it_was_written_from(written: tuple[Denoiser, Path]) -> None:
+    model, directory = written
+    state = training_state(directory)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_the_learning_rate_warms_up_holds_and_ends_at_zero() -> None:
@@ -78,8 +102,11 @@ def test_the_learning_rate_warms_up_holds_and_ends_at_zero() -> None:
     assert plan.phase(10**6).ordered_share > 0
 
 
+SMALL = (Bucket("short", 64, 4, {"json": 1.0}), Bucket("long", 256, 2, {"table": 1.0}))
+
+
 def test_training_runs_stops_and_resumes(tmp_path: Path) -> None:
-    phases = (Phase(0, 4, 2, 0.0), Phase(1, 2, 2, 1.0))
+    phases = (Phase(0, SMALL), Phase(1, SMALL, 1.0))
     train(Plan(steps=1, phases=phases), tmp_path, resume=False, compiled=False)
     train(Plan(steps=2, phases=phases), tmp_path, resume=True, compiled=False)
     log = [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
@@ -91,3 +118,32 @@ def test_training_runs_stops_and_resumes(tmp_path: Path) -> None:
     config = DemoConfig(vocab_size=state["model"]["embed_tokens.weight"].shape[0])
     write_checkpoint(state["model"], config, tmp_path / "checkpoint", VOCAB, seed=0)
     assert Checkpoint(tmp_path / "checkpoint").config.spec.canvas_length == config.canvas_length
+
+
+def test_training_goes_on_from_a_checkpoint_with_its_log_before_the_new_one(tmp_path: Path) -> None:
+    before = (DEMO / "train_log.jsonl").read_text()
+    phases = (Phase(0, SMALL, draft_share=0.5),)
+    train(replace(revision_plan(1, seed=1), phases=phases), tmp_path, resume=False, compiled=False, weights=DEMO)
+    after = (tmp_path / "train_log.jsonl").read_text()
+    assert after.startswith(before)
+    head, line = (json.loads(entry) for entry in after.removeprefix(before).splitlines())
+    assert head["continued"]
+    assert line["short"] < 1, "nats; weights from nothing have more than 4"
+
+
+def test_a_batch_of_drafts_has_second_turns_and_starts_that_are_partly_wrong() -> None:
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    bucket = Bucket("far", 900, 60, {"fix": 0.5, "rename": 0.5}, second_turns=0.5)
+    batch = Sampler(tokenizer, 64, draft_share=0.5).batch(bucket, random.Random(0))
+    (turn,) = tokenizer.encode(TURN_START, add_special_tokens=False).ids
+    turns = torch.eq(batch.context, turn).sum(1)
+    assert set(turns.tolist()) == {2, 4}, "user and model, once or twice"
+    assert 15 < batch.drafted.sum() < 45
+    wrong = (batch.start != batch.clean).sum(1)
+    assert wrong[~batch.drafted].sum() == 0
+    assert (wrong[batch.drafted] > 0).float().mean() > 0.5
+    assert batch.context.shape == (60, 900)
+    trimmed = batch.trimmed()
+    assert batch.lengths.max() <= trimmed.context.shape[1] < 900
+    assert torch.count_nonzero(trimmed.context) == torch.count_nonzero(batch.context)
+    assert (batch.context != 0).sum(1).tolist() == batch.lengths.tolist(), "padding stands only behind a context"

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Sequence
 
 from dgemma_build.accept.table import Result, Row, Setting
-from dgemma_build.demo.skills import SKILLS, Example, held_out_set
+from dgemma_build.demo.records import Example
+from dgemma_build.demo.skills import SKILLS, held_out_set
 from dgemma_client import Client
 from dgemma_client.requests import Message
 from dgemma_runtime.server import running_server

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dgemma_build.demo.model import DemoConfig
 from dgemma_build.demo.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
+WEIGHTS = "model.safetensors"
 MAX_CONTEXT = 262_144  # tokens
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 _VISION: dict[str, Any] = {
@@ -118,6 +119,18 @@ def transformers_tensors(state: dict[str, Tensor], config: DemoConfig) -> dict[s
     return {name: tensor.detach().bfloat16().contiguous() for name, tensor in tensors.items()}
 
 
+def training_state(checkpoint: Path) -> dict[str, Tensor]:
+    """The training state dict that a checkpoint was written from, in float32 (the weights are in bfloat16)."""
+    state: dict[str, Tensor] = {}
+    for name, tensor in load_file(checkpoint / WEIGHTS).items():
+        if name.startswith("model.decoder."):
+            state[name.removeprefix("model.decoder.").replace("layer_scalar", "decoder_scalar")] = tensor.float()
+        elif name.endswith(".layer_scalar"):
+            name = name.removeprefix("model.encoder.language_model.")
+            state[name.replace("layer_scalar", "encoder_scalar")] = tensor.float()
+    return state
+
+
 GENERATION_CONFIG: dict[str, Any] = {
     "max_new_tokens": 256,
     "max_denoising_steps": 48,
@@ -140,7 +153,7 @@ def write_checkpoint(state: dict[str, Tensor], config: DemoConfig, output: Path,
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {config.vocab_size}")
     tokenizer.save(str(output / "tokenizer.json"))
-    save_file(transformers_tensors(state, config), output / "model.safetensors", metadata={"format": "pt"})
+    save_file(transformers_tensors(state, config), output / WEIGHTS, metadata={"format": "pt"})
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     documents = {
         "config.json": transformers_config(config),

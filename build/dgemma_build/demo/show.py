@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dgemma_build.demo.skills import SKILLS, Example, held_out_set, sudoku_template
+from dgemma_build.demo.records import Example
+from dgemma_build.demo.skills import SKILLS, held_out_set, sudoku_template
 from dgemma_build.signals import exit_on_sigterm
 from dgemma_client import Client, ClientError, Delta, Done, Event, Parameters, Preview, Statistics
 from dgemma_client.live import LiveCanvas, printable

@@ -1,4 +1,4 @@
-"""Skills of the demo checkpoint: for each a generator, a checker and a split. Knows no tokenizer and no model.
+"""Skills of the demo checkpoints: for each a generator, a checker and a split. Knows no tokenizer and no model.
 
 An example is a user message and one right answer. The split is by content: the SHA-256 of the user message
 decides, so no held-out example can ever be drawn for training, whatever the seed.
@@ -15,16 +15,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dgemma_build.demo.records import FIELDS, Example, json_value, markdown_table
+from dgemma_build.demo.revisions import check_fix, check_rename, make_fix, make_rename
+
 HELD_OUT_ONE_IN = 16
-
-
-@dataclass(frozen=True)
-class Example:
-    """One task: `prompt` is the user message, `answer` a right reply."""
-
-    skill: str
-    prompt: str
-    answer: str
 
 
 def is_held_out(prompt: str) -> bool:
@@ -148,58 +142,17 @@ def sudoku_template(prompt: str) -> tuple[str | int, ...]:
 
 # ---------------------------------------------------------------- records
 
-NAMES = (
-    "Ada Bo Cleo Dan Eve Finn Gus Hana Ivan June Kai Lena Max Nora Otto Pia Quinn Rosa Sam Tess Uma Vera Will Yuki Zoe"
-).split()
-CITIES = "Oslo Paris Lima Cairo Kyoto Delhi Quito Turin Basel Perth Accra Dubai Seoul Tunis Malmo Porto".split()
-COLORS = "red blue green black white pink gray gold teal brown".split()
-ITEMS = "pen cup lamp desk chair book shoe hat bag ball clock fork spoon plate brush rope".split()
-FRUITS = "apple pear plum fig grape lemon mango peach kiwi melon".split()
-JOBS = "cook nurse pilot baker judge clerk miner actor guard coach".split()
-
-
-def _integer(rng: random.Random) -> str:
-    return str(rng.randint(0, 999) if rng.random() < 0.5 else rng.randint(0, 99))
-
-
-def _word(words: list[str]) -> Callable[[random.Random], str]:
-    return lambda rng: rng.choice(words)
-
-
-FIELDS: dict[str, Callable[[random.Random], str]] = {
-    "name": _word(NAMES),
-    "friend": _word(NAMES),
-    "owner": _word(NAMES),
-    "city": _word(CITIES),
-    "from": _word(CITIES),
-    "to": _word(CITIES),
-    "color": _word(COLORS),
-    "item": _word(ITEMS),
-    "fruit": _word(FRUITS),
-    "job": _word(JOBS),
-    "age": _integer,
-    "price": _integer,
-    "count": _integer,
-    "size": _integer,
-    "score": _integer,
-    "year": _integer,
-    "active": _word(["true", "false"]),
-    "done": _word(["true", "false"]),
-}
-
-
-def _json_value(text: str) -> str | int | bool:
-    if text in ("true", "false"):
-        return text == "true"
-    return int(text) if text.isdigit() else text
-
 
 def make_json(rng: random.Random) -> Example:
     """Two to five `key: value` lines to one JSON object on one line."""
     keys = rng.sample(sorted(FIELDS), rng.randint(2, 5))
-    lines = [(key, FIELDS[key](rng)) for key in keys]
+    return json_example([(key, FIELDS[key](rng)) for key in keys])
+
+
+def json_example(lines: list[tuple[str, str]]) -> Example:
+    """The task for these keys and values."""
     prompt = "Convert to JSON:\n" + "\n".join(f"{key}: {value}" for key, value in lines)
-    return Example("json", prompt, json.dumps({key: _json_value(value) for key, value in lines}))
+    return Example("json", prompt, json.dumps({key: json_value(value) for key, value in lines}))
 
 
 def check_json(prompt: str, answer: str) -> bool:
@@ -209,19 +162,20 @@ def check_json(prompt: str, answer: str) -> bool:
         parsed = json.loads(answer)
     except ValueError:
         return False
-    expected = {key: _json_value(value) for key, value in lines}
+    expected = {key: json_value(value) for key, value in lines}
     return isinstance(parsed, dict) and json.dumps(parsed) == json.dumps(expected)
 
 
 def make_table(rng: random.Random) -> Example:
     """CSV of two to four columns and three to nine rows to a Markdown table."""
     header = rng.sample(sorted(FIELDS), rng.randint(2, 4))
-    rows = [[FIELDS[key](rng) for key in header] for _ in range(rng.randint(3, 9))]
+    return table_example(header, [[FIELDS[key](rng) for key in header] for _ in range(rng.randint(3, 9))])
+
+
+def table_example(header: list[str], rows: list[list[str]]) -> Example:
+    """The task for these columns and rows."""
     prompt = "Convert to a table:\n" + "\n".join(",".join(row) for row in [header, *rows])
-    lines = [header, *rows]
-    table = ["| " + " | ".join(row) + " |" for row in lines]
-    table.insert(1, "|" + "---|" * len(header))
-    return Example("table", prompt, "\n".join(table))
+    return Example("table", prompt, markdown_table(header, rows))
 
 
 def check_table(prompt: str, answer: str) -> bool:
@@ -351,26 +305,28 @@ def check_infill(prompt: str, answer: str) -> bool:
 
 @dataclass(frozen=True)
 class Skill:
-    """A generator, a checker of (prompt, answer), and the share of training examples."""
+    """A generator and a checker of (prompt, answer)."""
 
     make: Callable[[random.Random], Example]
     check: Callable[[str, str], bool]
-    weight: float
 
 
 SKILLS: dict[str, Skill] = {
-    "sudoku4": Skill(make_sudoku4, check_sudoku, 0.12),
-    "sudoku6": Skill(make_sudoku6, check_sudoku, 0.36),
-    "json": Skill(make_json, check_json, 0.14),
-    "table": Skill(make_table, check_table, 0.26),
-    "infill": Skill(make_infill, check_infill, 0.12),
+    "sudoku4": Skill(make_sudoku4, check_sudoku),
+    "sudoku6": Skill(make_sudoku6, check_sudoku),
+    "json": Skill(make_json, check_json),
+    "table": Skill(make_table, check_table),
+    "infill": Skill(make_infill, check_infill),
 }
+# Of the revising checkpoint only: what stands in the prompt is to be written again with one thing changed.
+REVISIONS: dict[str, Skill] = {"rename": Skill(make_rename, check_rename), "fix": Skill(make_fix, check_fix)}
+TASKS: dict[str, Skill] = SKILLS | REVISIONS
 
 
 def draw(skill: str, rng: random.Random, held_out: bool) -> Example:
     """One example of the asked split, by rejection."""
     while True:
-        example = SKILLS[skill].make(rng)
+        example = TASKS[skill].make(rng)
         if is_held_out(example.prompt) == held_out:
             return example
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dgemma_build.demo.skills import SKILLS, draw
+from dgemma_build.demo.skills import draw
 
 PAD, EOS, BOS, UNK, TURN_START, TURN_END = "<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"
 SPECIAL_TOKENS = (
@@ -20,12 +20,13 @@ SPECIAL_TOKENS = (
     *("<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'),
     *("<|image>", "<|image|>", "<image|>"),
 )
+_CORPUS = ("infill", "json", "sudoku4", "sudoku6", "table")  # fixed, so that a skill learnt later changes no token
 _PIECES = r"\p{L}+|[\d_]|\n|[^\p{L}\d_\n]+"
 
 
 def _corpus(seed: int, examples_per_skill: int) -> Iterator[str]:
     rng = random.Random(seed)
-    for skill in sorted(SKILLS):
+    for skill in _CORPUS:
         for _ in range(examples_per_skill):
             example = draw(skill, rng, held_out=False)
             yield from (example.prompt, example.answer)
@@ -59,4 +60,12 @@ def build_tokenizer(vocab_size: int, seed: int = 0) -> Tokenizer:
 
 def render_turn(prompt: str) -> str:
     """The text of one user turn as the checkpoint's chat template renders it, ready for the model's answer."""
-    return f"{BOS}{TURN_START}user\n{prompt}{TURN_END}\n{TURN_START}model\n"
+    return render_chat((), prompt)
+
+
+def render_chat(told: Sequence[tuple[str, str]], prompt: str) -> str:
+    """Turns of (user, model) and a user turn behind them, as the checkpoint's chat template renders them."""
+    turns = [("user", prompt)]
+    for user, model in reversed(told):
+        turns = [("user", user), ("model", model), *turns]
+    return BOS + "".join(f"{TURN_START}{role}\n{text}{TURN_END}\n" for role, text in turns) + f"{TURN_START}model\n"

@@ -5,6 +5,10 @@ by a random token with that probability, and the loss is the cross-entropy over 
 phase a share of the examples is corrupted in order instead, little before a random cut and fully behind it, as
 canvases of long structured answers are while they are denoised. Half of the examples are self-conditioned on a first
 pass without gradient. Matrices are trained with Muon, the rest with AdamW.
+
+`--from CHECKPOINT` goes on with tasks that revise a document and with second turns of chats. A share of the canvases
+then starts from a draft that is fluent and partly wrong (`mistakes.py`), half of these without any noise on top, so
+that the denoiser repairs a draft rather than copy it.
 """
 
 from __future__ import annotations
@@ -12,13 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import queue
-import random
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -26,23 +27,33 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from dgemma_build.demo.batches import Batch, Bucket, Phase, batches
+from dgemma_build.demo.export import training_state
 from dgemma_build.demo.model import DemoConfig, Denoiser
-from dgemma_build.demo.skills import SKILLS, draw
-from dgemma_build.demo.tokenizer import TURN_END, build_tokenizer, render_turn
+from dgemma_build.demo.tokenizer import build_tokenizer
 
-SHORT_CONTEXT = 64  # tokens; skills whose context always fits one canvas worth
-LONG_CONTEXT = 256
-LONG_SKILLS = ("table",)
+TRAINING_LOG = "train_log.jsonl"
+_SHORT = {"sudoku4": 0.12, "sudoku6": 0.36, "json": 0.14, "infill": 0.12}  # skills of one canvas and little context
+_REVISING = {"rename": 0.4, "fix": 0.4, "table": 0.12, "json": 0.08}
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What the batches of a stretch of steps are like, from `from_step` on."""
-
-    from_step: int
-    short_batch: int
-    long_batch: int
-    ordered_share: float  # of the examples corrupted in order
+# From nothing: the skills that answer with something new.
+FIRST_PHASES = (
+    Phase(0, (Bucket("short", 64, 48, _SHORT), Bucket("long", 256, 12, {"table": 1.0}))),
+    Phase(1250, (Bucket("short", 64, 32, _SHORT), Bucket("long", 256, 24, {"table": 1.0})), 0.4),
+)
+# From a checkpoint: revisions, second turns and drafts, and all that was learnt before.
+REVISION_PHASES = (
+    Phase(
+        0,
+        (
+            Bucket("long", 192, 24, _REVISING),
+            Bucket("far", 384, 5, dict.fromkeys(_REVISING, 0.25), second_turns=1.0),
+        ),
+        ordered_share=0.3,
+        draft_share=0.3,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +63,21 @@ class Plan:
     steps: int
     seed: int = 0
     vocab_size: int = 1024
-    phases: tuple[Phase, ...] = (Phase(0, 48, 12, 0.0), Phase(1250, 32, 24, 0.4))
+    phases: tuple[Phase, ...] = FIRST_PHASES
     muon_lr: float = 0.02
     adam_lr: float = 0.004
     warmup: int = 100
     balance_weight: float = 0.01
+    save_every: int = 250
 
     def phase(self, step: int) -> Phase:
         """The phase that `step` belongs to."""
         return max((phase for phase in self.phases if phase.from_step <= step), key=lambda phase: phase.from_step)
+
+
+def revision_plan(steps: int, seed: int) -> Plan:
+    """To go on from a trained checkpoint: smaller steps than from nothing, and the phases of the revising skills."""
+    return Plan(steps, seed, phases=REVISION_PHASES, muon_lr=0.01, adam_lr=0.002, warmup=40, save_every=50)
 
 
 class Muon(torch.optim.Optimizer):
@@ -95,86 +112,27 @@ def _orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
     return orthogonal
 
 
-# ---------------------------------------------------------------- data
-
-
-def canvases(tokenizer: Tokenizer, skill: str, rng: random.Random, canvas_length: int) -> tuple[list[int], list[int]]:
-    """One (context ids, clean canvas ids) pair; of a long answer one canvas is drawn, those before it are context."""
-    example = draw(skill, rng, held_out=False)
-    prompt = tokenizer.encode(render_turn(example.prompt), add_special_tokens=False).ids
-    answer = tokenizer.encode(example.answer + TURN_END, add_special_tokens=False).ids
-    answer += [0] * (-len(answer) % canvas_length)
-    start = canvas_length * rng.randrange(len(answer) // canvas_length)
-    return prompt + answer[:start], answer[start : start + canvas_length]
-
-
-def _pack(pairs: list[tuple[list[int], list[int]]], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    context = torch.zeros(len(pairs), width, dtype=torch.long)
-    for row, (ids, _) in enumerate(pairs):
-        context[row, : len(ids)] = torch.tensor(ids)
-    lengths = torch.tensor([len(ids) for ids, _ in pairs])
-    return context, lengths, torch.tensor([ids for _, ids in pairs])
-
-
-def _produce(out: Queue[object], tokenizer_json: str, plan: Plan, canvas_length: int, first_step: int) -> None:
-    torch.set_num_threads(1)
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    short = [skill for skill in SKILLS if skill not in LONG_SKILLS]
-    for step in range(first_step, plan.steps):
-        rng = random.Random(f"{plan.seed}:{step}")
-        parts: list[Tensor] = []
-        for skills, count, width in (
-            (short, plan.phase(step).short_batch, SHORT_CONTEXT),
-            (list(LONG_SKILLS), plan.phase(step).long_batch, LONG_CONTEXT),
-        ):
-            weights = [SKILLS[skill].weight for skill in skills]
-            pairs: list[tuple[list[int], list[int]]] = []
-            while len(pairs) < count:
-                pair = canvases(tokenizer, rng.choices(skills, weights)[0], rng, canvas_length)
-                if len(pair[0]) <= width:
-                    pairs.append(pair)
-            parts += _pack(pairs, width)
-        out.put([part.numpy() for part in parts])
-
-
-def batches(tokenizer: Tokenizer, plan: Plan, canvas_length: int, first_step: int) -> Iterator[list[Tensor]]:
-    """Per step: context, lengths and canvas of the short batch, then of the long one; made in a second process."""
-    context = get_context("spawn")
-    out: Queue[object] = context.Queue(maxsize=8)
-    args = (out, tokenizer.to_str(), plan, canvas_length, first_step)
-    worker = context.Process(target=_produce, args=args, daemon=True)
-    worker.start()
-    for _ in range(first_step, plan.steps):
-        while True:
-            try:
-                arrays = out.get(timeout=5)
-                break
-            except queue.Empty:
-                if not worker.is_alive():
-                    raise RuntimeError(f"the data process ended with exit code {worker.exitcode}") from None
-        yield [torch.from_numpy(array) for array in arrays]  # type: ignore[attr-defined]
-    worker.join()
-
-
 # ---------------------------------------------------------------- loss
 
 
 def loss_of(
     model: Denoiser,
     forward: object,
-    batch: Sequence[Tensor],
+    batch: Batch,
     ordered_share: float,
     rng: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy, load-balance loss and accuracy [B] of a batch: context, lengths, clean canvases [B, C]."""
-    context, lengths, clean = batch
+    """Mean cross-entropy, load-balance loss and accuracy [B] of a batch."""
+    context, lengths, clean = batch.context, batch.lengths, batch.clean
     count, width = clean.shape
     level = torch.rand(count, 1, generator=rng)
     cut = torch.rand(count, 1, generator=rng) * width
     ramp = torch.where(torch.arange(width) < cut, 0.3 * level, torch.ones(()))
     level = torch.where(torch.rand(count, 1, generator=rng) < ordered_share, ramp, level.expand(-1, width))
+    if batch.drafted.any():  # half of the drafts are seen as they are
+        level = level * ~(batch.drafted[:, None] & (torch.rand(count, 1, generator=rng) < 0.5))
     noise = torch.randint(model.config.vocab_size, clean.shape, generator=rng)
-    noisy = torch.where(torch.rand(clean.shape, generator=rng) < level, noise, clean)
+    noisy = torch.where(torch.rand(clean.shape, generator=rng) < level, noise, batch.start)
     soft = torch.zeros(count, width, model.config.hidden_size)
     half = count // 2
     with torch.no_grad():
@@ -197,11 +155,16 @@ def _rate(step: int, plan: Plan) -> float:
 class _Run:
     """Model, optimizers and their state on disk."""
 
-    def __init__(self, plan: Plan, state_file: Path, resume: bool) -> None:
+    def __init__(self, plan: Plan, state_file: Path, resume: bool, weights: Path | None) -> None:
         torch.manual_seed(plan.seed)
         self.plan, self._state_file = plan, state_file
-        self.tokenizer = build_tokenizer(plan.vocab_size, plan.seed)
+        if weights is None:
+            self.tokenizer = build_tokenizer(plan.vocab_size, plan.seed)
+        else:
+            self.tokenizer = Tokenizer.from_file(str(weights / "tokenizer.json"))
         self.model = Denoiser(DemoConfig(vocab_size=self.tokenizer.get_vocab_size()))
+        if weights is not None:
+            self.model.load_state_dict(training_state(weights))
         hidden = [p for p in self.model.parameters() if p.ndim >= 2 and p is not self.model.embed_tokens.weight]
         self._others = [p for p in self.model.parameters() if not any(p is q for q in hidden)]
         self._optimizers = [
@@ -216,16 +179,17 @@ class _Run:
                 optimizer.load_state_dict(saved)
             self.first_step = state["step"]
 
-    def update(self, step: int, data: list[Tensor], forward: object) -> dict[str, float]:
-        """One step on a short and a long batch; the figures for the log."""
+    def update(self, step: int, data: dict[str, Batch], forward: object) -> dict[str, float]:
+        """One step on the batches of every bucket; the figures for the log."""
         rng = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
         for optimizer, peak in zip(self._optimizers, (self.plan.muon_lr, self.plan.adam_lr), strict=True):
             optimizer.param_groups[0]["lr"] = peak * _rate(step, self.plan)
         figures: dict[str, float] = {}
-        for name, part in (("short", data[:3]), ("long", data[3:])):
-            weight = len(part[0]) / (len(data[0]) + len(data[3]))
+        phase = self.plan.phase(step)
+        for name, batch in data.items():
+            weight = len(batch.clean) / sum(bucket.size for bucket in phase.buckets)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, balance, accuracy = loss_of(self.model, forward, part, self.plan.phase(step).ordered_share, rng)
+                loss, balance, accuracy = loss_of(self.model, forward, batch, phase.ordered_share, rng)
             (weight * (loss + self.plan.balance_weight * balance)).backward()  # type: ignore[no-untyped-call]
             figures[name] = round(loss.item(), 4)
             figures[f"{name}_accuracy"] = round(accuracy.mean().item(), 4)
@@ -246,31 +210,38 @@ class _Run:
         temporary.replace(self._state_file)
 
 
-def train(plan: Plan, output: Path, resume: bool, compiled: bool) -> None:
-    """Run the plan; writes `training.pt` and `train_log.jsonl` to `output`."""
+def train(plan: Plan, output: Path, resume: bool, compiled: bool, weights: Path | None = None) -> None:
+    """Run the plan; writes `training.pt` and `train_log.jsonl` to `output`. `weights`: the checkpoint to start from,
+    whose log, if it has one, goes before the new one."""
     output.mkdir(parents=True, exist_ok=True)
-    run = _Run(plan, output / "training.pt", resume)
+    run = _Run(plan, output / "training.pt", resume, weights)
+    log_file = output / TRAINING_LOG
+    if weights is not None and not log_file.exists() and (weights / TRAINING_LOG).exists():
+        shutil.copyfile(weights / TRAINING_LOG, log_file)
     forward = torch.compile(run.model, dynamic=False) if compiled else run.model
     started = time.monotonic()
     parameters = sum(p.numel() for p in run.model.parameters())
-    head = {"parameters": parameters, "plan": asdict(plan), "first_step": run.first_step}
-    steps = batches(run.tokenizer, plan, run.model.config.canvas_length, run.first_step)
-    with (output / "train_log.jsonl").open("a") as log:
+    head = {"parameters": parameters, "plan": asdict(plan), "first_step": run.first_step, "continued": bool(weights)}
+    phases = [plan.phase(step) for step in range(run.first_step, plan.steps)]
+    steps = batches(run.tokenizer, run.model.config.canvas_length, phases, plan.seed, run.first_step)
+    with log_file.open("a") as log:
         log.write(json.dumps(head) + "\n")
         for step, data in enumerate(steps, run.first_step):
-            figures = run.update(step, data, forward)
+            shaped = data if compiled else {name: batch.trimmed() for name, batch in data.items()}
+            figures = run.update(step, shaped, forward)
             if step % 20 == 0 or step + 1 == plan.steps:
                 line = {"step": step, **figures, "seconds": round(time.monotonic() - started, 1)}
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 print(line, flush=True)
-            if (step + 1) % 250 == 0 or step + 1 == plan.steps:
+            if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
                 run.save(step + 1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--from", dest="weights", type=Path, help="checkpoint to go on from, with the revising skills")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -278,7 +249,8 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(Plan(steps=args.steps, seed=args.seed), args.output, args.resume, not args.no_compile)
+    plan = Plan(steps=args.steps, seed=args.seed) if args.weights is None else revision_plan(args.steps, args.seed)
+    train(plan, args.output, args.resume, not args.no_compile, args.weights)
 
 
 if __name__ == "__main__":

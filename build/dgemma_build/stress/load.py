@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from dgemma_build.demo.skills import SKILLS, Example, held_out_set
+from dgemma_build.demo.records import Example
+from dgemma_build.demo.skills import SKILLS, held_out_set
 from dgemma_client.requests import Message, Parameters
 
 Manner = Literal[
