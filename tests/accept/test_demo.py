@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ def test_the_demo_answers_and_checks_every_skill(setting: Setting) -> None:
     done = subprocess.run(command(setting), capture_output=True, text=True, timeout=120)
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "All 5 required answers are right." in done.stdout
+    assert "All 6 required answers are right." in done.stdout
     for skill in SKILLS:
-        assert done.stdout.count(f"{skill} ") == 2, "once for its canvases, once in the table"
+        assert len(re.findall(rf"(?m)^ *{skill} ", done.stdout)) == 2, "once for its canvases, once in the table"
+    assert "sudoku6, clues pinned" in done.stdout
+    assert re.search(r"(?m)^ *pinned +right ", done.stdout)
     assert "canvas 2 step  1" in done.stdout, "one answer is longer than a canvas"
     assert done.stdout.rstrip().endswith("Triton has stopped.")
 

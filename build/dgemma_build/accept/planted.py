@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dgemma_build.demo.skills import CITIES, COLORS, FRUITS, ITEMS, JOBS, NAMES
+from dgemma_build.demo.records import CITIES, COLORS, FRUITS, ITEMS, JOBS, NAMES
 from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import Int32Array
 
