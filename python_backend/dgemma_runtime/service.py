@@ -60,7 +60,7 @@ class Service:
         self._thread: threading.Thread | None = None
         self._ticks = self._canvas_steps = self._encoded_tokens = 0
         self._engine_time, self._busy_time = Stopwatch(), Stopwatch()
-        self._drafting = Drafting(engine, self._engine_time, self._observer)
+        self._drafting = Drafting(engine, self._engine_time, self._observer, codec.piece)
         self._admissions: deque[int] = deque(maxlen=32)  # moments of the last ones
 
     # ------------------------------------------------------------ any thread

@@ -81,6 +81,17 @@ def test_what_the_prompt_has_is_drafted(start: Start) -> None:
     assert told.steps_saved == taken.count(1)
 
 
+@pytest.mark.parametrize(("drafter", "first"), [("lookup", 1), ("auto", 2)])
+def test_who_asks_for_lookup_has_the_announced_document_for_a_start(start: Start, drafter: str, first: int) -> None:
+    prompt = np.concatenate([CODEC.encode("it jumps:\n"), ids(ANSWER), [EOS], ids("say: ")]).astype(np.int32)
+    script = answer_script([(prompt, np.append(ids(ANSWER), EOS).astype(np.int32))], LENGTH, steps=1)
+    service = start(ScriptedEngine(MANIFEST, plan_limits(MANIFEST, small_settings()), script))
+    recorder = Recorder()
+    service.submit(GenerationRequest(prompt, parse_parameters({"drafter": drafter}, service.defaults)), recorder)
+    assert steps(recorder)[0] == first
+    assert recorder.finished().text == ANSWER
+
+
 def test_a_client_s_draft_comes_first(start: Start) -> None:
     service = start(engine(drafts=network))
     recorder = ask(service, draft=np.append(ids(ANSWER), EOS).astype(np.int32))

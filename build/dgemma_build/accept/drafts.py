@@ -243,7 +243,7 @@ def _with_and_without(
 
 def _lookup(setting: Setting) -> Result:
     """The share of steps is of all steps together; every kind's own is in the file."""
-    off, on, audit = _with_and_without(setting.engine("demo"), revisions(_count(setting)), "lookup")
+    off, on, audit = _with_and_without(setting.engine("demo-revisions"), revisions(_count(setting)), "lookup")
     share = _steps(on) / _steps(off)
     kinds = [f"{kind} {_steps({kind: on[kind]}) / _steps({kind: off[kind]}):.0%}" for kind in on]
     figure = (

@@ -41,9 +41,9 @@ class Setting:
         self._oracles: dict[str, Model] = {}
 
     def checkpoint(self, name: str) -> Path:
-        """`demo` as it lies in the repository, or a generated one; of `real`, a sliding layer and a full one."""
-        if name == "demo":
-            return ROOT / "build/checkpoints/demo"
+        """Those of the repository by their names, or a generated one; of `real`, a sliding layer and a full one."""
+        if name.startswith("demo"):
+            return ROOT / "build/checkpoints" / name
         if name == "real":
             directory = GENERATED / "checkpoints" / name
             return directory if directory.exists() else write_checkpoint(directory, name, layers=2, vocab_size=8192)

@@ -2,8 +2,9 @@
 
 Two parts, both on our service in this process, in interleaved rounds.
 
-The demo's held-out skills and revisions, eight requests at once, with no drafter, with each drafter, and with the
-answers themselves as the client's drafts (`oracle`): steps per canvas, tokens per second, right answers.
+The demo's held-out skills and the revisions of the checkpoint beside it, eight requests at once, with no drafter, with
+each drafter, and with the answers themselves as the client's drafts (`oracle`): steps per canvas, tokens per second,
+right answers.
 
 The clock, on the mid-size model at 1 and 8 at once: seconds that a draft saves beside the steps that it saves. The
 model's weights and its drafter's are random, so no draft could be right; the stopping rule is loosened until every
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dgemma_build.bench.__main__ import DEMO, MID, ROOT, THREADS, prepare
+from dgemma_build.bench.__main__ import DEMO, GENERATED, MID, ROOT, THREADS, prepare
 from dgemma_build.bench.drafted import QUEUE_SIZE, Answers, ask
 from dgemma_build.bench.drafters import demo_drafter, random_drafter
 from dgemma_build.bench.figure import GREEN, GREY, svg_figure
@@ -41,6 +42,9 @@ from dgemma_runtime.service import Service
 RESULT, PLOT = "drafts.json", "drafts.svg"
 OFF, ORACLE, LOOKUP, MODEL = "off", "oracle", "lookup", "model"
 SETTINGS: dict[str, Any] = {"threads": THREADS, "queue_size": QUEUE_SIZE, "prefix_cache": False}
+REVISIONS = replace(
+    DEMO, checkpoint=ROOT / "build/checkpoints/demo-revisions", engine=GENERATED / "engines/demo-revisions"
+)
 STEPS = 8  # of a canvas without a draft, on the mid-size model
 _ANY_DRAFT_COUNTS: dict[str, Any] = {"stability_threshold": 0, "confidence_threshold": 1e3}
 
@@ -74,31 +78,34 @@ class ClockPoint:
 
 
 def measure_skills(
-    directory: Path, drafter: Path, count: int, rounds: int, say: Callable[[str], None]
+    directory: Path,
+    drafter: Path | None,
+    kinds: Mapping[str, Sequence[Task]],
+    rounds: int,
+    say: Callable[[str], None],
 ) -> list[SkillPoint]:
-    """Every kind of task, `count` of each."""
-    kinds = {skill: skill_tasks(skill, count) for skill in SKILLS} | revisions(count)
+    """Every kind of task."""
     points = []
     template = ChatTemplate.load(directory)
-    with running_service(directory, 8, draft_model=str(drafter), **SETTINGS) as service:
+    with running_service(directory, 8, draft_model=drafter and str(drafter), **SETTINGS) as service:
         for kind, tasks in kinds.items():
             say(f"demo: {kind}")
             prompts = [
                 template.render(task.chat(), None, add_generation_prompt=True, continue_final_message=False)
                 for task in tasks
             ]
-            points += _kind(service, kind, tasks, prompts, rounds)
+            points += _kind(service, kind, tasks, prompts, (OFF, LOOKUP, *([MODEL] if drafter else [])), rounds)
     return points
 
 
-def _kind(service: Service, kind: str, tasks: Sequence[Task], prompts: list[str], rounds: int) -> list[SkillPoint]:
+def _kind(
+    service: Service, kind: str, tasks: Sequence[Task], prompts: list[str], drafters: Sequence[str], rounds: int
+) -> list[SkillPoint]:
     own = [answer.token_ids for answer in ask(service, prompts, drafter=OFF).each]  # warms up, too
     runs: dict[str, list[Answers]] = {}
     for _ in range(rounds):
-        for drafter in (OFF, LOOKUP):
+        for drafter in drafters:
             runs.setdefault(drafter, []).append(ask(service, prompts, drafter=drafter))
-        network = ask(service, prompts, drafter=MODEL)
-        runs.setdefault(MODEL, []).append(network)
         runs.setdefault(ORACLE, []).append(ask(service, prompts, drafts=own))
     return [skill_point(kind, drafter, tasks, found, runs[OFF]) for drafter, found in runs.items()]
 
@@ -191,7 +198,10 @@ def run(quick: bool, say: Callable[[str], None]) -> Points:
     """Build what is missing and measure."""
     prepare(DEMO)
     count, rounds = (8, 2) if quick else (40, 5)
-    skills = measure_skills(DEMO.engine, demo_drafter(), count, rounds, say)
+    kinds = {skill: skill_tasks(skill, count) for skill in SKILLS}
+    skills = measure_skills(DEMO.engine, demo_drafter(), kinds, rounds, say)
+    prepare(REVISIONS)
+    skills += measure_skills(REVISIONS.engine, None, revisions(count), rounds, say)
     prepare(MID)
     levels, rounds, steps = ((1,), 1, 4) if quick else ((1, 8), 5, STEPS)
     clock = measure_clock(MID.engine, random_drafter(MID), levels, rounds, steps, say)

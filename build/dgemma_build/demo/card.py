@@ -29,7 +29,7 @@ small to run. It does {count} things and nothing else; it is no assistant.
 | layers | {layers}, sliding and full attention in turn; window {window} |
 | hidden, vocabulary, canvas | {hidden}, {vocab}, {canvas} |
 | experts | {experts} a layer, {top_k} chosen, beside a dense MLP |
-| context | {context:,} in the config; trained on up to 448 tokens before a canvas of 64 |
+| context | {context:,} in the config; trained on prompts and answers of up to about 320 tokens |
 | vision tower | present and untrained, as the format wants one |
 | weights | bfloat16 |
 
@@ -43,14 +43,11 @@ ever trained on, and every answer is judged by a program.
 {rows}
 
 ## Training
-{commands}
-and `python -m dgemma_build.demo.export --training DIR --output CHECKPOINT` after each.
-Uniform-state diffusion with self-conditioning; see the script for loss, corruption, optimizers and phases. What goes on
-from a checkpoint adds the skills that revise a document, second turns of chats, and canvases that start from a draft:
-the right answer with tokens swapped for others of their kind (digits, names, keys), the document before it was
-revised, the answer of the turn before, or another question's answer. Half of these are seen without any noise, so that
-the denoiser repairs a fluent wrong draft rather than copy it. The log, [`{log}`]({log}), has {updates} lines, of
-two CPU cores; interruptions show in it. Last logged step: {last}.
+`python -m dgemma_build.demo.train --steps {steps} --seed {seed} --output DIR`, then
+`python -m dgemma_build.demo.export --training DIR --output CHECKPOINT`.
+Uniform-state diffusion with self-conditioning; see the script for loss, corruption, optimizers and phases. The log,
+[`{log}`]({log}), has {updates} lines; the run was interrupted and resumed, which the log shows, on two CPU cores.
+Last logged step: {last}.
 
 Data: `dgemma_build/demo/skills.py` writes every example from a seed. No text by people and no other model's output
 went in.
@@ -67,7 +64,6 @@ def card(checkpoint_directory: Path, accepted: dict[str, Any]) -> str:
     config = checkpoint.config
     log = [json.loads(line) for line in (checkpoint_directory / TRAINING_LOG).read_text().splitlines()]
     starts = [entry for entry in log if "plan" in entry]
-    stages = {bool(entry.get("continued")): entry["plan"] for entry in starts}  # the last plan of each counts
     last = [entry for entry in log if "step" in entry][-1]
     figures = {row["what"].rsplit(", ", 1)[-1]: row["details"] for row in accepted["rows"] if "held-out" in row["what"]}
     lines = []
@@ -87,16 +83,12 @@ def card(checkpoint_directory: Path, accepted: dict[str, Any]) -> str:
         context=config.spec.max_position_embeddings,
         one_in=HELD_OUT_ONE_IN,
         rows="\n".join(lines),
-        commands=",\nthen ".join(_command(plan, continued) for continued, plan in stages.items()),
+        steps=starts[-1]["plan"]["steps"],
+        seed=starts[-1]["plan"]["seed"],
         log=TRAINING_LOG,
         updates=len(log),
         last=", ".join(f"{name} {value}" for name, value in last.items()),
     )
-
-
-def _command(plan: dict[str, Any], continued: bool) -> str:
-    where = " --from CHECKPOINT" if continued else ""
-    return f"`python -m dgemma_build.demo.train{where} --steps {plan['steps']} --seed {plan['seed']} --output DIR`"
 
 
 def main() -> None:

@@ -47,8 +47,9 @@ REVISION_PHASES = (
     Phase(
         0,
         (
-            Bucket("long", 192, 24, _REVISING),
-            Bucket("far", 384, 5, dict.fromkeys(_REVISING, 0.25), second_turns=1.0),
+            Bucket("short", 96, 14, _REVISING),
+            Bucket("long", 192, 8, _REVISING),
+            Bucket("far", 384, 4, dict.fromkeys(_REVISING, 0.25), second_turns=1.0),
         ),
         ordered_share=0.3,
         draft_share=0.3,

@@ -8,13 +8,14 @@ from noise without one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.contract import DraftRow, Engine
 from dgemma_runtime.drafting.lookup import propose
+from dgemma_runtime.drafting.opening import opening
 from dgemma_runtime.drafting.proposal import Proposal
 from dgemma_runtime.errors import EngineMemoryError, InvalidRequest
 from dgemma_runtime.observer import Observer
@@ -32,10 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 class Drafting:
-    """Of one service; on the engine thread, but for `check`."""
+    """Of one service; on the engine thread, but for `check`. `piece` is a token's text."""
 
-    def __init__(self, engine: Engine, engine_time: Stopwatch, observer: Observer) -> None:
-        self._engine, self._engine_time, self._observer = engine, engine_time, observer
+    def __init__(self, engine: Engine, engine_time: Stopwatch, observer: Observer, piece: Callable[[int], str]) -> None:
+        self._engine, self._engine_time, self._observer, self._piece = engine, engine_time, observer, piece
         self._canvas_length = engine.manifest.model.canvas_length
         self._off: set[str] = set()
         self._usual = Mean()  # denoising steps of canvases without a draft
@@ -89,6 +90,8 @@ class Drafting:
         with self._guarded(source):
             end_ids = request.parameters.end_ids
             proposal = propose(request.tokens, len(request.prompt_ids), length, end_ids, drafts.given)
+            if proposal is None and request.canvas_index == 0 and request.parameters.drafter == LOOKUP:
+                proposal = opening(request.prompt_ids, length, end_ids, self._piece)
         return None if proposal is None else replace(proposal, source=source)
 
     def _from_network(self, requests: Sequence[LiveRequest]) -> None:
