@@ -229,7 +229,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(
         "draft_model",
-        "engine directory of a drafter for this model, for an engine on the CPU",
+        "engine directory of a drafter, built for this model's engine",
         flags=("--draft-model",),
         variables=("NIM_DRAFT_MODEL_PATH",),
     ),
