@@ -6,7 +6,7 @@ phase a share of the examples is corrupted in order instead, little before a ran
 canvases of long structured answers are while they are denoised. Half of the examples are self-conditioned on a first
 pass without gradient. Matrices are trained with Muon, the rest with AdamW.
 
-`--from CHECKPOINT` goes on with tasks that revise a document and with second turns of chats. A share of the canvases
+`--from CHECKPOINT` goes on with tasks that revise a document and with second turns of chats, and with nothing else. A share of the canvases
 then starts from a draft that is fluent and partly wrong (`mistakes.py`), half of these without any noise on top, so
 that the denoiser repairs a draft rather than copy it.
 """
@@ -42,7 +42,7 @@ FIRST_PHASES = (
     Phase(0, (Bucket("short", 64, 48, _SHORT), Bucket("long", 256, 12, {"table": 1.0}))),
     Phase(1250, (Bucket("short", 64, 32, _SHORT), Bucket("long", 256, 24, {"table": 1.0})), 0.4),
 )
-# From a checkpoint: revisions, second turns and drafts, and all that was learnt before.
+# From a checkpoint: revisions, second turns and drafts. What was learnt before and is not drawn here is forgotten.
 REVISION_PHASES = (
     Phase(
         0,
