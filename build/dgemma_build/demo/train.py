@@ -6,9 +6,9 @@ phase a share of the examples is corrupted in order instead, little before a ran
 canvases of long structured answers are while they are denoised. Half of the examples are self-conditioned on a first
 pass without gradient. Matrices are trained with Muon, the rest with AdamW.
 
-`--from CHECKPOINT` goes on with tasks that revise a document and with second turns of chats, and with nothing else. A share of the canvases
-then starts from a draft that is fluent and partly wrong (`mistakes.py`), half of these without any noise on top, so
-that the denoiser repairs a draft rather than copy it.
+`--from CHECKPOINT` goes on with tasks that revise a document and with second turns of chats, and with nothing else.
+A share of the canvases then starts from a draft that is fluent and partly wrong (`mistakes.py`), half of these without
+any noise on top, so that the denoiser repairs a draft rather than copy it.
 """
 
 from __future__ import annotations
