@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from dgemma_build.accept.planted import Planter
-from dgemma_build.bench import drafts
+from dgemma_build.bench import drafters, drafts
+from dgemma_build.bench.__main__ import MID
 from dgemma_build.bench.drafted import Answer, Answers
 from dgemma_build.bench.report import Environment
 from dgemma_build.bench.revisions import Task, revisions
 from dgemma_build.demo.skills import SKILLS, held_out_set, is_held_out, sudoku_template
+from dgemma_build.engine import BuildRequest, build_engine
+from dgemma_build.random_checkpoint import write_checkpoint
 from dgemma_runtime.codec import Codec
 
 DEMO = Path(__file__).resolve().parents[2] / "build/checkpoints/demo"
@@ -55,7 +60,7 @@ def test_a_clock_point_holds_saved_time_over_that_of_the_saved_steps() -> None:
 
 
 def test_report_of_a_run(tmp_path: Path) -> None:
-    points = drafts.Points(skills(), (clock(),))
+    points = drafts.Points((*skills(), replace(skills()[0], kind="rename")), (clock(),))  # which nobody drafted
 
     console = Console(record=True, width=200, file=io.StringIO())
     for table in drafts.tables(points, ENVIRONMENT):
@@ -67,8 +72,43 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     assert [column.strip() for column in row.split("│")[1:-1]] == ["json", "oracle", "1.00", "20", "2.00", "2/2"]
     assert "90.0%" in text
     document = json.loads((tmp_path / drafts.RESULT).read_text())
-    assert [one["drafter"] for one in document["points"]] == ["off", "oracle", "lookup"]
+    assert [one["drafter"] for one in document["points"]] == ["off", "oracle", "off", "lookup"]
     assert "<svg" in (tmp_path / drafts.PLOT).read_text()
+
+
+# ---------------------------------------------------------------- the clock
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Of a small odd denoiser and of a drafter for it, both of random weights."""
+    folder = tmp_path_factory.mktemp("odd")
+    odd = replace(MID, checkpoint=write_checkpoint(folder / "odd_a", "odd_a"), engine=folder / "engine")
+    build_engine(BuildRequest(odd.checkpoint, odd.engine))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafters, "GENERATED", folder)
+        return odd.engine, drafters.random_drafter(odd)
+
+
+def clock_of(engines: tuple[Path, Path]) -> list[drafts.ClockPoint]:
+    return drafts.measure_clock(*engines, [2], 1, 4, lambda text: None)
+
+
+def test_on_the_clock_every_contender_drafts(engines: tuple[Path, Path]) -> None:
+    names = ["lookup", "model", "client, direct", "client, halves"]
+    assert [(point.drafter, point.steps_saved) for point in clock_of(engines)] == [(name, 3) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("failing", "drafter"),
+    [("drafting.drafting.propose", "lookup"), ("engines.onnxruntime.OnnxRuntimeEngine.draft", "model")],
+)
+def test_a_drafter_that_fails_ends_the_clock(
+    engines: tuple[Path, Path], failing: str, drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"dgemma_runtime.{failing}", Mock(side_effect=ValueError))
+    with pytest.raises(RuntimeError, match=f"{drafter} at 2: 2 of 2 canvases had no draft"):
+        clock_of(engines)
 
 
 # ---------------------------------------------------------------- tasks

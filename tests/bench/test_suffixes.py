@@ -11,6 +11,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from dgemma_build.bench import suffixes
+from dgemma_build.bench.report import Environment
 from dgemma_build.demo.skills import SKILLS, held_out_set
 from dgemma_runtime.codec import Codec
 
@@ -50,7 +51,7 @@ def test_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_the_table_has_shares() -> None:
     point = suffixes.SuffixPoint("json", 4, 1, 3, 2, 4.25, 4)
     console = Console(record=True, width=140, file=io.StringIO())
-    console.print(suffixes.table([point], suffixes.Environment("a machine", "abc", "now", 0.1, 2, {})))
+    console.print(suffixes.table([point], Environment("a machine", "abc", "now", 0.1, 2, {})))
     assert [cell.strip() for cell in console.export_text().splitlines()[-2].split("│")[1:-1]] == [
         *("json", "25%", "75%", "50%", "4.2", "100%"),
     ]

@@ -15,6 +15,7 @@ from dgemma_build.bench.inprocess import Outcome, run_requests
 from dgemma_runtime.contract import Int32Array
 from dgemma_runtime.parameters import parse_parameters
 from dgemma_runtime.service import GenerationRequest, Service
+from dgemma_runtime.statistics import DraftStatistics
 
 MAX_TOKENS = 512
 QUEUE_SIZE = 2048  # requests that a service of these runs must let wait
@@ -27,11 +28,13 @@ class Answer:
     token_ids: Int32Array  # [n], the end token included
     text: str
     steps: tuple[int, ...]  # denoising steps of each canvas
+    drafts: tuple[DraftStatistics, ...] = ()  # by drafter, of those that drafted something
 
     @staticmethod
     def of(outcome: Outcome) -> Answer:
         finished = outcome.result()
-        return Answer(finished.token_ids, finished.text, tuple(commit.steps for _, commit in outcome.commits))
+        steps = tuple(commit.steps for _, commit in outcome.commits)
+        return Answer(finished.token_ids, finished.text, steps, finished.statistics.drafts)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Answers:
     @property
     def steps_per_canvas(self) -> float:
         return float(self.steps.mean())
+
+    def undrafted(self, drafter: str) -> int:
+        """Canvases that no draft of this drafter was shown in."""
+        drafted = sum(found.canvases for answer in self.each for found in answer.drafts if found.drafter == drafter)
+        return len(self.steps) - drafted
 
     @property
     def tokens_per_second(self) -> float:

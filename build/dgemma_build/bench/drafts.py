@@ -7,9 +7,9 @@ each drafter, and with the answers themselves as the client's drafts (`oracle`):
 right answers.
 
 The clock, on the mid-size model at 1 and 8 at once: seconds that a draft saves beside the steps that it saves. The
-model's weights and its drafter's are random, so no draft could be right; the stopping rule is loosened until every
-draft counts as right, which changes nothing of what a pass costs. Without a draft a canvas takes a fixed number of
-steps; what a step takes is the difference to half as many.
+model's weights and its drafter's are random, so no draft could be right; every draft is shown, and the stopping rule is
+loosened until it counts as right, which changes nothing of what a pass costs. A canvas that had no draft ends the run.
+Without a draft a canvas takes a fixed number of steps; what a step takes is the difference to half as many.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from dgemma_runtime.parameters import VERIFICATIONS
 from dgemma_runtime.service import Service
 
 RESULT, PLOT = "drafts.json", "drafts.svg"
-OFF, ORACLE, LOOKUP, MODEL = "off", "oracle", "lookup", "model"
+OFF, ORACLE, CLIENT, LOOKUP, MODEL = "off", "oracle", "client", "lookup", "model"
 SETTINGS: dict[str, Any] = {"threads": THREADS, "queue_size": QUEUE_SIZE, "prefix_cache": False}
 REVISIONS = replace(
     DEMO, checkpoint=ROOT / "build/checkpoints/demo-revisions", engine=GENERATED / "engines/demo-revisions"
 )
 STEPS = 8  # of a canvas without a draft, on the mid-size model
-_ANY_DRAFT_COUNTS: dict[str, Any] = {"stability_threshold": 0, "confidence_threshold": 1e3}
+_ANY_DRAFT_COUNTS: dict[str, Any] = {"stability_threshold": 0, "confidence_threshold": 1e3, "draft_confidence": 0}
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,15 @@ def _clock(service: Service, model: ModelSpec, concurrency: int, rounds: int, st
 
     own = [answer.token_ids for answer in off(steps).each]
     contenders: dict[str, dict[str, Any]] = {name: {"drafter": name} for name in (LOOKUP, MODEL)}
-    contenders |= {f"client, {mode}": {"drafts": own, "draft_verification": mode} for mode in VERIFICATIONS}
+    contenders |= {f"{CLIENT}, {mode}": {"drafts": own, "draft_verification": mode} for mode in VERIFICATIONS}
     runs: dict[str, list[Answers]] = {}
     half, whole = [], []
     for _ in range(rounds):
         whole.append(off(steps))
         for name, options in contenders.items():
             drafted = ask(service, prompts, max_denoising_steps=steps, **fixed, **_ANY_DRAFT_COUNTS, **options)
+            if missing := drafted.undrafted(options.get("drafter", CLIENT)):  # it would stop as early, and cost less
+                raise RuntimeError(f"{name} at {concurrency}: {missing} of {len(drafted.steps)} canvases had no draft")
             runs.setdefault(name, []).append(drafted)
         half.append(off(steps // 2))
     return [clock_point(concurrency, name, steps, whole, half, found) for name, found in runs.items()]
@@ -247,8 +249,9 @@ def plot(points: Points, environment: Environment, path: Path) -> None:
         for axis, (title, value) in zip(axes[0], panels.items(), strict=True):
             width = 0.8 / len(drafters)
             for index, drafter in enumerate(drafters):
-                heights = [value(point) for point in points.skills if point.drafter == drafter]
-                places = [place + index * width for place in range(len(kinds))]
+                mine = [point for point in points.skills if point.drafter == drafter]
+                heights = [value(point) for point in mine]
+                places = [kinds.index(point.kind) + index * width for point in mine]
                 axis.bar(places, heights, width, label=drafter, color=colours[drafter])
             axis.set_xticks([place + 0.4 - width / 2 for place in range(len(kinds))], kinds, fontsize=6)
             axis.set_title(title, fontsize=9)
