@@ -170,9 +170,10 @@ def test_a_drafter_is_planned_beside_the_model() -> None:
     assert drafter["reads"] == [22, 23, 28, 29]
     assert (drafter["vocab_size"], drafter["canvas_length"]) == (262_144, 256)
     assert 50e6 < drafter["weights"] < 500e6
+    assert drafter["embedding_weights"] == 262_144 * 2816
     for one in found["plans"]:
         draft, step = one["draft_floor_one_canvas"], one["contexts"][0]["step_floor_one_canvas"]
-        assert one["drafter_bytes"] == 2 * drafter["weights"]
+        assert one["drafter_bytes"] == 2 * (drafter["weights"] + drafter["embedding_weights"])
         assert 0 < draft["ms"] < step["ms"] / 3
     table = plan("--gpu", "h100-80").output
     assert re.search(r"A drafter of \d+\.\d+ [BM] weights over layers 22, 23, 28, 29", table)

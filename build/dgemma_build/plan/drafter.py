@@ -1,7 +1,7 @@
 """What a drafter beside the model would take: bytes, and the least time of a draft beside a step. Reads no weights.
 
-Its sizes are in proportion to those of the demo's drafter: two pairs of layers, each over the keys and values of a full
-layer and of the layer before it.
+Two pairs of layers, each over the keys and values of a full layer and of the layer before it. The demo's own drafter
+has as many, over other layers: 1, 3, 4 and 5, where these are 2, 3, 4 and 5.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DrafterPlan:
     config: DrafterConfig
     denoiser: TextConfig
     values: int  # of its own, the denoiser's embedding apart
-    embedding_values: int  # of the denoiser, which it reads
+    embedding_values: int  # of the denoiser, of which its engine has a copy
 
     @property
     def activations_bytes(self) -> int:
@@ -36,16 +36,15 @@ class DrafterPlan:
         return 4 * self.config.canvas_length * self.config.vocab_size
 
     def bytes_of(self, options: PlanOptions) -> int:
-        """Its own weights, which are not quantised."""
-        return self.values * WEIGHT_BITS[options.activations] // 8
+        """Of its engine's weights, which are not quantised: its own, and the denoiser's embedding once more."""
+        return (self.values + self.embedding_values) * WEIGHT_BITS[options.activations] // 8
 
     def floor(self, options: PlanOptions, card: Card, batch: int, context: int) -> StepFloor:
         """The least time of drafting `batch` canvases, each behind `context` tokens."""
         spec, tokens = self.config.spec(self.denoiser), batch * self.config.canvas_length
         seen = [context if layer.kind == FULL else min(context, spec.sliding_window - 1) for layer in spec.layers]
         kv = token_bytes(spec, options.kv)
-        width = WEIGHT_BITS[options.activations] // 8
-        read = self.bytes_of(options) + self.embedding_values * width
+        read = self.bytes_of(options)
         read += batch * (kv.full * context + kv.sliding * min(context, spec.sliding_window - 1))
         flops = 2.0 * (self.values + self.embedding_values) * tokens
         for layer, visible in zip(spec.layers, seen, strict=True):

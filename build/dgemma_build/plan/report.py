@@ -143,8 +143,8 @@ def _drafter_table(model: Model, plans: Sequence[CardPlan]) -> Table:
     layers = ", ".join(map(str, drafter.config.reads))
     context = plans[0].contexts[0].context
     table = _table(
-        f"\nA drafter of {_billions(drafter.values)} weights over layers {layers}; least ms of a draft at "
-        f"{tokens(context)}, and what share of a step's that is"
+        f"\nA drafter of {_billions(drafter.values)} weights over layers {layers} and the model's embedding once more; "
+        f"least ms of a draft at {tokens(context)}, and what share of a step's that is"
     )
     table.add_column("GPU", no_wrap=True)
     table.add_column("precision")
@@ -207,7 +207,11 @@ def render_host(model: Model, batch: int, plans: Mapping[tuple[str, int], HostMe
 def to_json(model: Model, plans: Sequence[CardPlan]) -> dict[str, Any]:
     """The whole plan; sizes in bytes, times in milliseconds."""
     drafter = plan_drafter(model.config)
-    described = asdict(drafter.config) | {"weights": drafter.values, "logits_bytes": drafter.activations_bytes}
+    described = asdict(drafter.config) | {
+        "weights": drafter.values,
+        "embedding_weights": drafter.embedding_values,
+        "logits_bytes": drafter.activations_bytes,
+    }
     return _heading(model) | {
         "drafter": {name: value for name, value in described.items() if name != "denoiser_sha256"},
         "plans": [_card_json(plan, model.kv(plan.options)) | _drafter_json(drafter, plan) for plan in plans],
