@@ -267,7 +267,7 @@ class Engine(Protocol):
     def release(self, slot: int) -> None:
         """The sequence in `slot` is over, or starts its canvas again; what was laid out for it may be dropped.
 
-        Also called for the slots of a call that found no memory, whether anything was laid out there or not.
+        After a call that found no memory it is also called for slots where nothing was laid out.
         """
         ...
 

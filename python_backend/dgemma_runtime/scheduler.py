@@ -75,6 +75,8 @@ class Scheduler:
         self.full_pages, self.sliding_pages = PagePool(limits.full_pages), PagePool(limits.sliding_pages)
         self.prefix_queries = self.prefix_hits = self.preemptions = 0
         self._num_slots = self._most_running = limits.max_batch_size
+        self._lends = True
+        self._lent_pages = 0  # in this tick
         self._free_slots = list(range(self._num_slots - 1, -1, -1))
         self._waiting: list[LiveRequest] = []  # sorted by `_rank`
         self._running: list[LiveRequest] = []  # in the order of admission
@@ -123,6 +125,7 @@ class Scheduler:
             return
         self._leave(request)
         self._most_running = min(self._most_running + 1, self._num_slots)
+        self._lends = True
 
     def preempt_last(self) -> Preempted:
         """Take slot and pages from the running request that is least important and came last, and queue it again.
@@ -138,10 +141,24 @@ class Scheduler:
         if request not in self._prefilling:
             self._prefilling.append(request)
 
-    def lend_slot(self) -> int | None:
-        """A slot that no request has, until `give_back` within the same tick; None where no more may run."""
+    def lend_slot(self, tokens: int) -> int | None:
+        """A slot that no request has, to lay out a context of so many tokens again, until `give_back` in this tick.
+
+        None where no more may run, or pages for one more sequence of this context are not left: see `_room`.
+        """
         taken = self._num_slots - len(self._free_slots)
-        return self._free_slots.pop() if taken < self._most_running else None
+        pages = self._rules.pages(tokens + self._canvas_length)
+        if not self._lends or taken >= self._most_running or self._lent_pages + pages > self._room:
+            return None
+        self._lent_pages += pages
+        return self._free_slots.pop()
+
+    def stop_lending(self) -> bool:
+        """Until a request ends, for want of memory; False where no slot was lent in this tick."""
+        if not self._lent_pages:
+            return False
+        self._lends = False
+        return True
 
     def give_back(self, slot: int) -> None:
         self._free_slots.append(slot)
@@ -150,6 +167,7 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The next tick; admits requests and takes the pages the tick writes to."""
+        self._lent_pages = 0
         draft = _Draft()
         self._plan_commits(draft)
         self._admit(draft)

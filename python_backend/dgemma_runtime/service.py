@@ -301,7 +301,9 @@ class Service:
             request.start_canvas(self._model.canvas_length, self._model.vocab_size)
 
     def _make_room(self, plan: Plan, error: EngineMemoryError) -> None:
-        """An engine call did not count: the tick's canvases start again with one request less; the last one fails."""
+        """An engine call did not count: the tick's canvases start again, without slots that are lent if there were any,
+        else with one request less; the last one fails.
+        """
         _log.warning("%s; %d requests are running", error, self._scheduler.running)
         chunks = [chunk.request for chunk in plan.encode]
         for request in {id(request): request for request in (*plan.commit, *plan.denoise)}.values():
@@ -312,6 +314,8 @@ class Service:
             for request in (*chunks, *plan.commit):
                 if len(request.uncached) and not request.finished:
                     self._scheduler.encode_again(request)
+            if self._scheduler.stop_lending():
+                return
             preempted = self._scheduler.preempt_last() if self._scheduler.running > 1 else None
         if preempted is not None:
             self._preempted(preempted)

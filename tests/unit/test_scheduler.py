@@ -323,6 +323,34 @@ def test_less_may_run_after_memory_was_short() -> None:
     assert names(scheduler.plan().admitted) == ["c"]
 
 
+def test_slots_are_lent_within_the_room_that_pages_leave() -> None:
+    """Of 16 pages 5 are taken; a second context of 5 tokens and a canvas of 8 counts as 4, within one tick."""
+    scheduler = make(slots=4, full=16)
+    scheduler.add(request(17))
+    for _ in range(2):
+        scheduler.plan()
+        lent = [slot for slot in [scheduler.lend_slot(5) for _ in range(3)] if slot is not None]
+        assert len(set(lent)) == 2
+        for slot in lent:
+            scheduler.give_back(slot)
+
+
+def test_nothing_is_lent_after_it_found_no_memory_until_a_request_ends() -> None:
+    scheduler = make(slots=3)
+    for name in ("a", "b"):
+        scheduler.add(request(5, name=name))
+    plan = scheduler.plan()
+    assert not scheduler.stop_lending()
+    slot = scheduler.lend_slot(5)
+    assert slot is not None
+    scheduler.give_back(slot)
+    assert scheduler.stop_lending()
+    scheduler.plan()
+    assert scheduler.lend_slot(5) is None
+    scheduler.remove(plan.admitted[0])
+    assert scheduler.lend_slot(5) == plan.admitted[0].slot
+
+
 # ---------------------------------------------------------------- pace
 
 

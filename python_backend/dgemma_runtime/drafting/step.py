@@ -1,7 +1,8 @@
 """One denoising step of several canvases, where the first step of some takes two rows. Knows engine and slots.
 
-The second row of such a canvas runs in the same call, in a slot that is free for the moment; where none is free it
-runs in its own slot in a call before. What the canvas keeps, its soft embedding, is the first row's either way.
+The second row of such a canvas runs in the same call, in a slot that is free for the moment; where none is free, or
+its context has no room a second time, it runs in its own slot in a call before. What the canvas keeps, its soft
+embedding, is the first row's either way.
 """
 
 from __future__ import annotations
@@ -13,43 +14,38 @@ import numpy.typing as npt
 
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.contract import CommitRow, DenoiseResult, DenoiseRow, Engine, SequencePages
-from dgemma_runtime.errors import EngineMemoryError
 from dgemma_runtime.requests import LiveRequest
 
 
 class Slots(Protocol):
     """Of the scheduler: slots that no request has."""
 
-    def lend_slot(self) -> int | None:
-        """None where there is none to spare."""
+    def lend_slot(self, tokens: int) -> int | None:
+        """For a context of so many tokens; None where there is none to spare."""
         ...
 
     def give_back(self, slot: int) -> None: ...
 
 
 def denoise_step(
-    engine: Engine, requests: Sequence[LiveRequest], commits: Sequence[CommitRow], slots: Slots | None
+    engine: Engine, requests: Sequence[LiveRequest], commits: Sequence[CommitRow], slots: Slots
 ) -> DenoiseResult:
-    """A row of results per request, whose canvases have started; without `slots` none are lent.
-
-    Raises EngineError, as engines do.
-    """
+    """A row of results per request, whose canvases have started. Raises EngineError, as engines do."""
     rows = [_canvas(request).row(*_place(request)) for request in requests]
     twice = [index for index, request in enumerate(requests) if _canvas(request).step == 0 and _canvas(request).halves]
     if not twice:
         return engine.denoise(rows, commits)
-    lent: list[int] = []
-    beside, before = _second_rows(requests, twice, slots, lent)
+    beside, before = _second_rows(requests, twice, slots)
     try:
         earlier = engine.denoise(list(before.values())) if before else None
-        result = engine.denoise([*rows, *beside.values()], commits)
-    except EngineMemoryError:
-        if not lent:
-            raise
-        _release(engine, lent, slots)
-        return denoise_step(engine, requests, commits, None)
+        try:
+            result = engine.denoise([*rows, *beside.values()], commits)
+        finally:
+            for row in beside.values():
+                engine.release(row.slot)
     finally:
-        _release(engine, lent, slots)
+        for row in beside.values():
+            slots.give_back(row.slot)
     second = {index: (result, len(rows) + place) for place, index in enumerate(beside)}
     if earlier is not None:
         second |= {index: (earlier, place) for place, index in enumerate(before)}
@@ -64,24 +60,16 @@ def _arrays(result: DenoiseResult) -> tuple[npt.NDArray[Any], ...]:
     return result.argmax_ids, result.sampled_ids, result.entropies
 
 
-def _release(engine: Engine, lent: list[int], slots: Slots | None) -> None:
-    while lent and slots is not None:
-        engine.release(slot := lent.pop())
-        slots.give_back(slot)
-
-
 def _second_rows(
-    requests: Sequence[LiveRequest], twice: Sequence[int], slots: Slots | None, lent: list[int]
+    requests: Sequence[LiveRequest], twice: Sequence[int], slots: Slots
 ) -> tuple[dict[int, DenoiseRow], dict[int, DenoiseRow]]:
     """By the request's index: what runs beside the first rows in a lent slot, and what runs before them."""
     beside: dict[int, DenoiseRow] = {}
     before: dict[int, DenoiseRow] = {}
     for index in twice:
         request = requests[index]
-        slot = None if slots is None else slots.lend_slot()
+        slot = slots.lend_slot(request.cached_tokens)
         rows, place = (before, request.slot) if slot is None else (beside, slot)
-        if slot is not None:
-            lent.append(slot)
         rows[index] = _canvas(request).second_row(place, *_place(request)[1:])
     return beside, before
 

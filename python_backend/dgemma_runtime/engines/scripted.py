@@ -151,7 +151,7 @@ class ScriptedEngine:
         self._script, self._delay_s, self._most_canvases = script, delay_s, most_canvases
         self._fail_on = dict(fail_on or {})
         self._slots: dict[int, _Slot] = {}
-        self._starved: set[int] = set()  # slots of calls that found no memory
+        self._starved = False  # the last call found no memory
         # Token id and position of every place in every page, -1 where never written.
         self._full = np.full((limits.full_pages, limits.page_size, 2), -1, np.int32)
         self._sliding = np.full((limits.sliding_pages, limits.page_size, 2), -1, np.int32)
@@ -178,8 +178,9 @@ class ScriptedEngine:
         together = [*slots, *(row.slot for row in commits)]
         assert len(set(together)) == len(together) <= self.limits.max_batch_size
         if self._most_canvases is not None and len(self._slots.keys() | set(slots)) > self._most_canvases:
-            self._starved.update(slots)
+            self._starved = True
             raise EngineMemoryError(f"no memory for more than {self._most_canvases} canvases")
+        self._starved = False
         self._check_writes(rows, [EncodeRow(row.token_ids, row.position, row.pages) for row in commits])
         results = [self._denoise(row) for row in rows]
         for commit in commits:
@@ -208,9 +209,8 @@ class ScriptedEngine:
 
     def release(self, slot: int) -> None:
         self._record(EngineCall("release", (slot,)))
-        assert slot in self._slots or slot in self._starved, "nothing was in the slot"
+        assert slot in self._slots or self._starved, "nothing was in the slot"
         self._slots.pop(slot, None)
-        self._starved.discard(slot)
 
     def close(self) -> None:
         self._record(EngineCall("close"))
