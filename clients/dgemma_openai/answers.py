@@ -13,7 +13,7 @@ from starlette.requests import Request
 from dgemma_client import Done
 from dgemma_client.requests import Parameters
 from dgemma_openai.errors import ApiError, invalid
-from dgemma_openai.schemas.base import CompletionTokensDetails, PromptTokensDetails, Sampling, Usage
+from dgemma_openai.schemas.base import ChatLength, CompletionTokensDetails, PromptTokensDetails, Sampling, Usage
 
 T = TypeVar("T")
 
@@ -38,6 +38,14 @@ def check_stream_only(body: Sampling) -> None:
     for name in ("stream_options", "diffusing"):
         if getattr(body, name, None) and not getattr(body, "stream", None):
             raise invalid(name, "is for streams; send stream=true or leave it out")
+
+
+def length(body: ChatLength) -> tuple[int | None, str]:
+    """The limit, and the name under which it was given; raises ApiError."""
+    new, old = body.max_completion_tokens, body.max_tokens
+    if new is not None and old is not None and new != old:
+        raise invalid("max_tokens", f"is {old}, but its newer name max_completion_tokens is {new}; give one of them")
+    return (old, "max_tokens") if new is None else (new, "max_completion_tokens")
 
 
 def usage(dones: Sequence[Done], prompts: int) -> Usage:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from dgemma_client import Prefill, Preview
 from dgemma_client.requests import ChatOptions, Parameters
 from dgemma_openai import sse
-from dgemma_openai.answers import check_stream_only, parameters, unless_left, usage
+from dgemma_openai.answers import check_stream_only, length, parameters, unless_left, usage
 from dgemma_openai.backend import Ask
 from dgemma_openai.diffusing import diffusing
 from dgemma_openai.errors import ApiError, from_unsupported, invalid
@@ -88,37 +88,36 @@ async def _job(body: ChatRequest, gateway: Gateway) -> _Job:
     check_stream_only(body)
     count = body.n or 1
     gateway.check_choices(count)
-    length, name = _length(body)
+    most, name = length(body)
     question = _question(body)
+    predicted = _predicted(body, question)
     facts = await gateway.facts()
-    predicted = _predicted(body)
     return _Job(
         id=new_id("chatcmpl"),
         created=int(time.time()),
         model=body.model,
         fingerprint=facts.fingerprint,
         question=question,
-        parameters=[parameters(body, length, seed, **predicted) for seed in body.seeds(count)],
+        parameters=[parameters(body, most, seed, **predicted) for seed in body.seeds(count)],
         names={**_NAMES, "max_tokens": name},
         usage=body.stream_options is not None and bool(body.stream_options.include_usage),
         reasoning=body.include_reasoning is not False,
     )
 
 
-def _length(body: ChatRequest) -> tuple[int | None, str]:
-    """The limit, and the name under which it was given."""
-    new, old = body.max_completion_tokens, body.max_tokens
-    if new is not None and old is not None and new != old:
-        raise invalid("max_tokens", f"is {old}, but its newer name max_completion_tokens is {new}; give one of them")
-    return (old, "max_tokens") if new is None else (new, "max_completion_tokens")
-
-
-def _predicted(body: ChatRequest) -> dict[str, Any]:
+def _predicted(body: ChatRequest, question: Question) -> dict[str, Any]:
+    """As a draft, which is of the output from its first token; so the output must begin with the answer's text."""
     if body.prediction is None:
         return {}
     content = body.prediction.content
     text = content if isinstance(content, str) else "".join(part.text for part in content)
-    return {"draft_text": text} if text else {}
+    if not text:
+        return {}
+    if question.prompt.enable_thinking:
+        raise invalid("prediction", "is of the answer, but thinking comes first; leave it out or turn thinking off")
+    if question.plan.prefix:
+        raise invalid("prediction", "is of a text, but tool_choice demands a call; leave it out or send auto or none")
+    return {"draft_text": text}
 
 
 # ---------------------------------------------------------------- what is asked

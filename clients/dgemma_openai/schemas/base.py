@@ -171,6 +171,13 @@ class Generation(Sampling, Labels):
         return given
 
 
+class ChatLength(Body):
+    """The length of a chat's answer, under both of OpenAI's names."""
+
+    max_completion_tokens: Annotated[int | None, Field(ge=1, lt=2**31)] = None
+    max_tokens: Annotated[int | None, Field(ge=1, lt=2**31, description="The older name of the above.")] = None
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     include_obfuscation: Off = None

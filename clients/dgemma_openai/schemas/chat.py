@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from dgemma_openai.schemas.base import (
     Body,
+    ChatLength,
     Diffusing,
     Generation,
     NoList,
@@ -111,12 +112,10 @@ class Prediction(Body):
     content: Content
 
 
-class ChatRequest(Generation):
+class ChatRequest(Generation, ChatLength):
     """OpenAI's, with vLLM's and our own extensions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int | None, Field(ge=1, lt=2**31)] = None
-    max_tokens: Annotated[int | None, Field(ge=1, lt=2**31, description="The older name of the above.")] = None
     stream_options: StreamOptions | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -134,7 +133,11 @@ class ChatRequest(Generation):
     modalities: list[Literal["text"]] | None = None
     response_format: TextFormat | None = None
     prediction: Annotated[
-        Prediction | None, Field(description="A text that the answer repeats for the most part: a file to edit, say.")
+        Prediction | None,
+        Field(
+            description="A text that the answer repeats for the most part: a file to edit, say. "
+            "Not with thinking or a tool_choice that demands a call, which the answer would begin with."
+        ),
     ] = None
     store: Off = None
     logprobs: Off = None
