@@ -26,6 +26,7 @@ class Question:
 
     prompt: Ask  # messages and what the template is given
     plan: ToolPlan = field(default_factory=ToolPlan)
+    trimmed: bool = True  # whether white space around an answer behind a thought or a call is dropped
     raw: bool = False  # whether answers are plain text to their last token, whatever ends a turn in between
     primed: str | None = None  # how the prompt opens the answer; None: not known yet, see `opened`
 
@@ -98,7 +99,8 @@ class _Reader:
     def __init__(self, question: Question) -> None:
         plan = question.plan
         self._raw = question.raw
-        self._parser = OutputParser(tools=plan.schemas, primed=question.primed or "", parallel=plan.parallel)
+        primed, trimmed = question.primed or "", question.trimmed
+        self._parser = OutputParser(tools=plan.schemas, primed=primed, parallel=plan.parallel, trimmed=trimmed)
 
     def read(self, event: Event) -> Iterator[AnswerEvent]:
         match event:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from tests.openai.conftest import MODEL, events, front, in_turns, say
 
-from dgemma_client.errors import InvalidRequest
+from dgemma_client.errors import InvalidRequest, Overloaded
 from dgemma_client.mock import delta, final, preview
 from dgemma_client.requests import InferRequest
 from dgemma_openai.schemas.editors import EditCompletion, FimChunk, FimCompletion
@@ -97,6 +98,38 @@ async def test_a_prediction_that_cannot_be_is_refused_by_its_name() -> None:
         assert (await api.refusal("/v1/chat/completions", body))[:2] == (400, "prediction.type")
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"reasoning_effort": "low"}, "turn thinking off"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "turn thinking off"),
+        ({"tools": [WEATHER], "tool_choice": "required"}, "send auto or none"),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, "send auto or none"),
+    ],
+    ids=str,
+)
+async def test_a_prediction_needs_an_output_that_begins_with_it(beside: dict[str, Any], said: str) -> None:
+    body = {"model": MODEL, "messages": REWRITE["messages"], **beside}
+    async with front(say("x")) as api:
+        found = await api.refusal("/v1/chat/completions", body | {"prediction": {"type": "content", "content": "x"}})
+        assert api.triton.requests == []
+        nothing = body | {"prediction": {"type": "content", "content": ""}}
+        assert (await api.post("/v1/chat/completions", nothing)).status_code == 200
+    assert found[:2] == (400, "prediction")
+    assert said in found[3]
+
+
+async def test_a_prediction_goes_with_tools_that_may_be_called() -> None:
+    async with front(say("x")) as api:
+        more = {"tools": [WEATHER], "tool_choice": "auto", "reasoning_effort": "none"}
+        assert (await api.chat(prediction={"type": "content", "content": "x"}, **more)).status_code == 200
+        assert api.asked()["draft_text"] == "x"
+
+
 # ---------------------------------------------------------------- fill in the middle
 
 
@@ -134,10 +167,27 @@ async def test_without_a_suffix_the_text_goes_on() -> None:
         assert "suffix" not in api.asked()
 
 
+async def test_a_suffix_alone_is_what_a_file_ends_with() -> None:
+    turns = in_turns([delta("<bos>\n", [2, 5]), final()], [delta("x = 1"), final()])
+    async with front(turns) as api:
+        answer = await api.post(FIM, MIDDLE | {"prompt": ""})
+        assert (api.asked()["text_input"], api.asked()["suffix"]) == ("<bos>", MIDDLE["suffix"])
+    assert answer.json()["choices"][0]["text"] == "x = 1"
+
+
+async def test_a_server_that_cannot_say_how_prompts_begin_is_an_error() -> None:
+    def fail(request: InferRequest) -> Iterator[Any]:
+        yield Overloaded("the queue is full")
+
+    async with front(fail) as api:
+        assert (await api.refusal(FIM, MIDDLE | {"prompt": ""}))[::2] == (503, "overloaded")
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
         ({"prompt": ["a"]}, "prompt"),
+        ({"prompt": "", "model": "other"}, "model"),
         ({"random_seed": 1, "seed": 2}, "random_seed"),
         ({"messages": []}, "messages"),
         ({"stream_options": {}}, "stream_options"),
@@ -156,7 +206,19 @@ async def test_what_fim_cannot_be_asked_is_refused(changes: dict[str, Any], para
 # ---------------------------------------------------------------- edits
 
 
-@pytest.mark.parametrize("reply", ["def x():\n    pass", "```python\ndef x():\n    pass\n```\n"])
+BODY = "def x():\n    pass"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        BODY,
+        f"```python\n{BODY}\n```\n",
+        f"<|code_to_edit|>\n{BODY}\n<|/code_to_edit|>",
+        f"```\n<|code_to_edit|>\n{BODY}<|cursor|>\n<|/code_to_edit|>\n```",
+        "<|cursor|>def x():\n    pa<|cursor|>ss",
+    ],
+)
 async def test_the_code_to_edit_is_the_draft_of_the_answer(reply: str) -> None:
     async with front(say(reply, drafts=KEPT)) as api:
         answer = (await api.post(EDIT, REWRITE | {"max_tokens": 99, "seed": 4})).json()
@@ -180,9 +242,102 @@ async def test_code_that_is_to_be_written_from_nothing_is_no_draft() -> None:
         assert "draft_text" not in api.asked()
 
 
-async def test_an_edit_that_is_cut_says_so() -> None:
-    async with front(say("x", finish_reason="length")) as api:
-        assert (await api.post(EDIT, REWRITE)).json()["choices"][0]["finish_reason"] == "length"
+FENCES = "```python\nx\n```"
+TWO = f"{FENCES}\nand\n{FENCES}"
+INNER = "``` md\nsee:\n```sh\nls\n```\n```"
+
+
+@pytest.mark.parametrize("reply", [TWO, INNER, f"see:\n{FENCES}", "```x``` is code\n```", "```python\nx", "    x\n"])
+async def test_a_fence_that_may_be_code_stays(reply: str) -> None:
+    async with front(say(reply)) as api:
+        assert (await api.post(EDIT, REWRITE)).json()["choices"][0]["message"]["content"] == reply
+
+
+async def test_a_fence_stays_where_the_code_begins_with_one() -> None:
+    messages = [{"role": "user", "content": f"<|code_to_edit|>\n{FENCES}\n<|/code_to_edit|>"}]
+    for reason in ("stop", "length"):
+        async with front(say(FENCES, finish_reason=reason)) as api:
+            answer = await api.post(EDIT, REWRITE | {"messages": messages})
+        assert answer.json()["choices"][0]["message"]["content"] == FENCES
+
+
+@pytest.mark.parametrize(
+    ("reply", "code"),
+    [
+        ("x", "x"),
+        ("```python\n    x =", "    x ="),
+        ("```python\nx\n```", "x"),
+        ("```python\n<|code_to_edit|>\nx =", "x ="),
+        ("<|code_to_edit|>\n    x =", "    x ="),
+        (TWO + "\ny", TWO + "\ny"),
+    ],
+)
+async def test_an_edit_that_is_cut_says_so_and_is_code(reply: str, code: str) -> None:
+    async with front(say(reply, finish_reason="length")) as api:
+        choice = (await api.post(EDIT, REWRITE)).json()["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", code)
+
+
+async def test_an_indentation_behind_a_thought_is_code() -> None:
+    async with front(say("<|channel>thought\n<channel|>    return 1\n")) as api:
+        assert (await api.post(EDIT, REWRITE)).json()["choices"][0]["message"]["content"] == "    return 1\n"
+
+
+async def test_only_the_first_region_counts_and_loses_one_line_end_on_each_side() -> None:
+    content = "<|/code_to_edit|><|code_to_edit|>\n\n  x\n\n<|/code_to_edit|>\n<|code_to_edit|>y<|/code_to_edit|>"
+    async with front(say("x")) as api:
+        await api.post(EDIT, REWRITE | {"messages": [{"role": "user", "content": content}]})
+        assert api.asked()["draft_text"] == "\n  x\n"
+
+
+async def test_tags_without_an_end_are_told_at_once() -> None:
+    content = "<|code_to_edit|>" * (8 * 2**20 // 16 - 64)
+    async with front(max_body_bytes=8 * 2**20) as api:
+        began = time.process_time()
+        found = await api.refusal(EDIT, REWRITE | {"messages": [{"role": "user", "content": content}]})
+        assert time.process_time() - began < 1
+    assert found[:2] == (400, "messages[0].content")
+
+
+@pytest.mark.parametrize("drafter", ["off", "lookup", "model"])
+async def test_another_drafter_leaves_the_code_out(drafter: str) -> None:
+    async with front(say("x")) as api:
+        assert (await api.post(EDIT, REWRITE | {"drafter": drafter})).status_code == 200
+        assert api.asked()["drafter"] == drafter
+        assert "draft_text" not in api.asked()
+        assert (await api.post(EDIT, REWRITE | {"drafter": "auto"})).status_code == 200
+        assert api.asked()["draft_text"] == CODE
+
+
+NOTHING: dict[str, Sequence[Any]] = {
+    "stop": [None, []],
+    "n": [None, 1],
+    "logit_bias": [{}],
+    "stream_options": [None],
+    "ignore_eos": [False],
+    **dict.fromkeys(("min_p", "min_tokens", "presence_penalty", "frequency_penalty"), (None, 0)),
+    "repetition_penalty": [1],
+}
+
+
+async def test_what_asks_for_nothing_is_taken() -> None:
+    async with front(say("x")) as api:
+        for name, values in NOTHING.items():
+            for value in values:
+                answer = await api.post(EDIT, REWRITE | {name: value})
+                assert answer.status_code == 200, answer.text
+
+
+async def test_both_names_of_the_length() -> None:
+    def refuse(request: InferRequest) -> Iterator[Any]:
+        yield InvalidRequest("max_tokens: is more than the context leaves")
+
+    async with front(say("x")) as api:
+        assert (await api.post(EDIT, REWRITE | {"max_completion_tokens": 7})).status_code == 200
+        assert api.asked()["max_tokens"] == 7
+        assert (await api.refusal(EDIT, REWRITE | {"max_completion_tokens": 7, "max_tokens": 8}))[1] == "max_tokens"
+    async with front(refuse) as api:
+        assert (await api.refusal(EDIT, REWRITE | {"max_completion_tokens": 7}))[1] == "max_completion_tokens"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +349,13 @@ async def test_an_edit_that_is_cut_says_so() -> None:
         ({"messages": [{"role": "user", "content": "just words"}]}, "messages[0].content"),
         ({"stream": True}, "stream"),
         ({"stop": "x"}, "stop"),
+        ({"stop": ["x"]}, "stop"),
+        ({"n": 2}, "n"),
+        ({"n": True}, "n"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"frequency_penalty": 1}, "frequency_penalty"),
+        ({"prediction": None}, "prediction"),
         ({"model": "other"}, "model"),
     ],
     ids=str,
@@ -205,10 +367,11 @@ async def test_what_an_edit_cannot_be_asked_is_refused(changes: dict[str, Any], 
     assert (status, found) == (404 if param == "model" else 400, param)
 
 
-async def test_a_draft_too_long_for_the_answer_names_the_messages() -> None:
+async def test_a_draft_too_long_for_the_answer_is_the_code_to_edit() -> None:
     def refuse(request: InferRequest) -> Iterator[Any]:
         yield InvalidRequest("draft_text: has 9 tokens, the output may have 5")
 
     async with front(refuse) as api:
         found = await api.refusal(EDIT, REWRITE)
-    assert found == (400, "messages", None, "messages: has 9 tokens, the output may have 5")
+    message = "messages[0].content: the code to edit has 9 tokens, the output may have 5"
+    assert found == (400, "messages[0].content", None, message)

@@ -7,7 +7,8 @@
 What comes out depends on the text alone, not on where it was cut, and holds no marker. What the format leaves open:
 
 - Text without channels and calls is the answer as it is. Once there has been one, white space around the answer is
-  dropped, as Gemma's chat template drops it. White space around each thought always is; thoughts are a paragraph each.
+  dropped, as Gemma's chat template drops it, unless not `trimmed`. White space around each thought always is; thoughts
+  are a paragraph each.
 - Thinking that is not closed is thinking, but a call ends it. A channel without content tells of nothing. Whatever a
   channel's name, it is thinking; only the channel `final` is part of the answer.
 - A call that is malformed (no name, a function that the request does not offer, arguments that are no object) is
@@ -65,12 +66,13 @@ class OutputParser:
         tools: Mapping[str, object] | None = None,  # name -> JSON schema of its arguments, {} or None where not known
         primed: str = "",  # with what the prompt has opened the turn: an open thought, or the beginning of a call
         parallel: bool = True,  # False: nothing is read behind the first call
+        trimmed: bool = True,
         new_id: Callable[[], str] = call_id,
     ) -> None:
         self.done = False  # nothing that comes now is read: the generation may be cancelled
         self.calls = 0  # complete ones
         self._tools = None if tools is None else {name: Schema.of(schema) for name, schema in tools.items()}
-        self._parallel = parallel
+        self._parallel, self._trimmed = parallel, trimmed
         self._new_id = new_id
         self._splitter = Splitter()
         self._content = Visible(trimmed=False)
@@ -122,7 +124,7 @@ class OutputParser:
             self._label = ""
             self._thinking = True
         if marker in (CHANNEL, CHANNEL_END) or (marker == CALL and self._tools is not None):
-            self._content.trimmed = True
+            self._content.trimmed = self._trimmed
         if marker == CALL and self._tools is not None:
             self._call = CallReader(self._tools, self._indices, self._new_id)
         self.done = self.done or marker in _ENDS

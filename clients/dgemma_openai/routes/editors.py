@@ -1,25 +1,27 @@
 """/v1/fim/completions and /v1/edit/completions, which editors ask for. Knows no tensor and no marker of the model's.
 
-Both are in the forms of Inception's API; the first answers in Mistral's as well. The second is a chat: the code to be
-rewritten is the draft of the answer.
+Requests are in the forms of Inception's API, and so is the first one's answer, which has Mistral's form as well. The
+second is a chat: the code to be rewritten is the draft of the answer. What it answers is the new code alone, without a
+fence; a client that looks for the code in a fence, as Continue's provider for Mercury does, cannot read it.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 
+from dgemma_client.errors import ClientError
 from dgemma_openai import sse
-from dgemma_openai.answers import parameters, unless_left, usage
+from dgemma_openai.answers import length, parameters, unless_left, usage
 from dgemma_openai.backend import Ask
-from dgemma_openai.errors import invalid
+from dgemma_openai.errors import ApiError, from_client, invalid
 from dgemma_openai.gateway import Gateway, OpenGatewayDep, new_id
 from dgemma_openai.parsing.events import collect
-from dgemma_openai.routes.completions import Job, make_job, stream, whole
+from dgemma_openai.routes.completions import NAMES, Job, make_job, stream, whole
 from dgemma_openai.schemas.base import ErrorBody
 from dgemma_openai.schemas.completions import CompletionRequest
 from dgemma_openai.schemas.editors import (
@@ -35,10 +37,9 @@ from dgemma_openai.strict_json import JsonRoute
 from dgemma_openai.turns import Ended, Question, answers
 
 router = APIRouter(tags=["generation"], route_class=JsonRoute)
-_EDIT_NAMES = {"text_input": "messages", "draft_text": "messages"}  # Triton's inputs -> this API's
-_REGION = re.compile(r"<\|code_to_edit\|>\n?(.*?)\n?<\|/code_to_edit\|>", re.DOTALL)
-_CURSOR = "<|cursor|>"
-_FENCED = re.compile(r"\s*```[^\n`]*\n(.*?)\n?```\s*", re.DOTALL)
+_CONTENT = "messages[0].content"
+_EDIT_NAMES = {"text_input": "messages", "draft_text": _CONTENT}  # Triton's inputs -> this API's
+_OPEN, _CLOSE, _CURSOR, _FENCE = "<|code_to_edit|>", "<|/code_to_edit|>", "<|cursor|>", "```"
 _TASK = (
     "Rewrite the code between <|code_to_edit|> and <|/code_to_edit|> as its author is about to, judging by the edit "
     "history and the code around it. Answer with the whole new text of that code and nothing else."
@@ -47,10 +48,22 @@ _TASK = (
 
 @router.post("/v1/fim/completions", response_model=FimCompletion, responses={400: {"model": ErrorBody}})
 async def fim_completions(body: FimRequest, request: Request, gateway: OpenGatewayDep) -> Response | FimCompletion:
-    job = await make_job(_as_completion(body), gateway, as_chat=True)
+    asked = _as_completion(body)
+    if body.suffix and not body.prompt:  # the cursor is where the file begins
+        gateway.check_model(body.model)
+        asked = asked.model_copy(update={"prompt": await _start(gateway)})
+    job = await make_job(asked, gateway, as_chat=True)
     if body.stream:
         return await sse.event_stream(stream(job, gateway), gateway.settings.keep_alive_s)
     return await unless_left(request, _fim(job, gateway))
+
+
+async def _start(gateway: Gateway) -> str:
+    """The tokens that every prompt begins with, as text."""
+    try:
+        return (await gateway.backend.tokenize(Ask(new_id("cmpl"), {}, text="\n"))).text.removesuffix("\n")
+    except ClientError as error:
+        raise from_client(error, NAMES) from None
 
 
 def _as_completion(body: FimRequest) -> CompletionRequest:
@@ -73,30 +86,35 @@ async def edit_completions(body: EditRequest, request: Request, gateway: OpenGat
     gateway.check_model(body.model)
     content = body.messages[0].content
     text = content if isinstance(content, str) else "".join(part.text for part in content)
-    region = _REGION.search(text)
-    if region is None:
-        raise invalid("messages[0].content", "must have the code between <|code_to_edit|> and <|/code_to_edit|>")
-    return await unless_left(request, _edit(body, text, region[1].replace(_CURSOR, ""), gateway))
+    code, closed, _ = text.partition(_OPEN)[2].partition(_CLOSE)
+    if not closed:
+        raise invalid(_CONTENT, f"must have the code between {_OPEN} and {_CLOSE}")
+    code = code.removeprefix("\n").removesuffix("\n").replace(_CURSOR, "")
+    return await unless_left(request, _edit(body, text, code, gateway))
 
 
 async def _edit(body: EditRequest, text: str, code: str, gateway: Gateway) -> EditCompletion:
+    most, name = length(body)
     facts = await gateway.facts()
     id_ = new_id("edit")
     messages = [{"role": "system", "content": _TASK}, {"role": "user", "content": text}]
-    draft: dict[str, Any] = {"draft_text": code} if code else {}
-    asked = parameters(body, body.max_tokens, *body.seeds(1), **draft)
+    question = Question(Ask("", {}, messages=messages), trimmed=False)  # code may begin with an indentation
+    draft: dict[str, Any] = {"draft_text": code} if code and body.drafter in (None, "auto") else {}
+    asked = parameters(body, most, *body.seeds(1), **draft)
     found: list[Any] = []
-    async with aclosing(
-        answers(gateway, Question(Ask("", {}, messages=messages)), id_, [asked], _EDIT_NAMES)
-    ) as events:
-        async for _, event in events:
-            found.append(event)
+    try:
+        async with aclosing(answers(gateway, question, id_, [asked], {**_EDIT_NAMES, "max_tokens": name})) as events:
+            async for _, event in events:
+                found.append(event)
+    except ApiError as error:
+        if error.param != _CONTENT:
+            raise
+        said = error.message.removeprefix(f"{_CONTENT}: ")
+        raise replace(error, message=f"{_CONTENT}: the code to edit {said}") from None
     end = found.pop()
     assert isinstance(end, Ended)
-    answer = collect(found).content
-    fenced = _FENCED.fullmatch(answer)
-    message = Text(content=fenced[1] if fenced else answer)
     reason: Literal["stop", "length"] = "length" if end.finish_reason == "length" else "stop"
+    message = Text(content=_new_code(collect(found).content, code, cut=reason == "length"))
     return EditCompletion(
         id=id_,
         created=int(time.time()),
@@ -105,3 +123,29 @@ async def _edit(body: EditRequest, text: str, code: str, gateway: Gateway) -> Ed
         usage=usage([end.done], prompts=1),
         system_fingerprint=facts.fingerprint,
     )
+
+
+def _new_code(answer: str, code: str, *, cut: bool) -> str:
+    """The answer without what is not code: a fence around it, and what the prompt marks code with.
+
+    Of an answer that was cut, the end of fence or tags may be missing.
+    """
+    if not code.lstrip().startswith(_FENCE):
+        answer = _unfenced(answer, cut)
+    text = answer.strip()
+    if text.startswith(_OPEN) and (text.endswith(_CLOSE) or cut):
+        answer = text.removeprefix(_OPEN).removesuffix(_CLOSE).removeprefix("\n").removesuffix("\n")
+    return answer.replace(_CURSOR, "")
+
+
+def _unfenced(answer: str, cut: bool) -> str:
+    """What stands in the fence that is around the whole answer; the answer itself where a fence may be code."""
+    first, _, rest = answer.strip().partition("\n")
+    if not first.startswith(_FENCE) or "`" in first.removeprefix(_FENCE):
+        return answer
+    *inner, last = rest.split("\n")
+    if last.strip() != _FENCE:
+        if not cut:
+            return answer
+        inner.append(last)
+    return answer if any(line.lstrip().startswith(_FENCE) for line in inner) else "\n".join(inner)

@@ -8,15 +8,15 @@ from pydantic import BaseModel, Field
 
 from dgemma_openai.schemas.base import (
     Body,
+    ChatLength,
     Diffusing,
     Generation,
-    Labels,
+    Nothing,
     Off,
-    Sampling,
     Seed,
     StreamOptions,
     Usage,
-    Zero,
+    refused,
 )
 from dgemma_openai.schemas.chat import Content
 from dgemma_openai.schemas.completions import CompletionChoice, Suffix
@@ -79,7 +79,7 @@ class EditMessage(Body):
     content: Content
 
 
-class EditRequest(Sampling, Labels):
+class EditRequest(Generation, ChatLength):
     """One message with the code around the cursor between Inception's tags."""
 
     messages: Annotated[
@@ -90,10 +90,12 @@ class EditRequest(Sampling, Labels):
             description="Its text has the code to rewrite between <|code_to_edit|> and <|/code_to_edit|>.",
         ),
     ]
-    max_tokens: Annotated[int | None, Field(ge=1, lt=2**31)] = None
+    n: Annotated[Annotated[int, Field(ge=1, le=1)] | None, *refused("1")] = None
+    stop: Annotated[Annotated[list[str], Field(max_length=0)] | None, *refused("[]")] = None
     stream: Off = None
+    stream_options: Nothing = None
     diffusing: Off = None
-    presence_penalty: Zero = None
+    ignore_eos: Off = None
 
 
 class EditChoice(BaseModel):
