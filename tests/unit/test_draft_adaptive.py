@@ -88,6 +88,15 @@ def test_a_draft_of_which_nothing_was_shown_is_a_canvas_without() -> None:
     assert policy.decide("lookup")
 
 
+def test_a_draft_that_costs_something_has_not_paid_where_nothing_was_shown() -> None:
+    policy = DraftPolicy({"model": 0.5})
+    for rest in (1, 2, 4):
+        assert policy.decide("model")
+        policy.observe(7, outcome(7, 0, drafted=0, source="model"))
+        assert [policy.decide("model") for _ in range(rest)] == [False] * rest
+    assert policy.usual_steps == 7
+
+
 def test_sources_rest_apart() -> None:
     policy = DraftPolicy()
     policy.observe(2)

@@ -156,6 +156,7 @@ def test_the_clients_draft_wins_while_it_is_copied() -> None:
     proposal = propose(text, 0, 4, draft=draft)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [60, 61, NOTHING, NOTHING]
+    assert proposal.source == "client"
 
 
 def test_the_clients_draft_wins_ties() -> None:
@@ -170,6 +171,15 @@ def test_a_strong_match_in_the_text_wins_over_a_weak_one_with_the_clients_draft(
     proposal = propose(text, 0, 1, draft=draft)
     assert proposal is not None
     assert proposal.token_ids.tolist() == [50]
+    assert proposal.source == "lookup"
+
+
+def test_the_draft_alone_where_nothing_else_may_be_looked_at() -> None:
+    text, draft = ids([*LINE, 50, *LINE]), ids([*LINE[-MIN_MATCH:], 60, 61])
+    proposal = propose(text, 0, 1, draft=draft, own=False)
+    assert proposal is not None
+    assert (proposal.token_ids.tolist(), proposal.source) == ([60], "client")
+    assert propose(text, 0, 1, own=False) is None
 
 
 def test_the_clients_draft_where_the_text_repeats_nothing() -> None:

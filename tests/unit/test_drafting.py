@@ -112,6 +112,29 @@ def test_a_client_s_draft_is_found_again_behind_what_differs(start: Start) -> No
     assert 1 in taken[1:]
 
 
+def test_what_the_prompt_has_is_not_counted_as_a_client_s(start: Start) -> None:
+    recorder = ask(start(engine()), draft=np.full(len(ids(ANSWER)), 7, np.int32))
+    told = {drafts.drafter: drafts for drafts in recorder.finished().statistics.drafts}
+    assert told.keys() == {"client", "lookup"}
+    assert (told["client"].canvases, told["client"].accepted_tokens) == (1, 0)
+    assert told["lookup"].accepted_tokens > 0
+    assert recorder.finished().text == ANSWER
+
+
+def test_a_network_that_is_never_sure_enough_rests(start: Start) -> None:
+    def unsure(context: Int32Array) -> tuple[Int32Array, Float32Array]:
+        return network(context)[0], np.full(LENGTH, 0.5, np.float32)
+
+    answer = "".join(chr(ord("a") + index * 7 % 26) for index in range(80))  # repeats nothing of 16 tokens
+    drafting_engine = engine(answer, drafts=unsure)
+    recorder = ask(start(drafting_engine), drafter="model")
+    assert steps(recorder) == [2] * 11
+    asked = [call.positions[0] for call in drafting_engine.calls if call.kind == "draft"]
+    start_of_answer = len(CODEC.encode(PROMPT))
+    assert [(position - start_of_answer) // LENGTH for position in asked] == [0, 2, 5]
+    assert recorder.finished().statistics.drafts == ()
+
+
 def test_the_network_drafts_where_the_text_does_not(start: Start) -> None:
     drafting_engine = engine(drafts=network)
     recorder = ask(start(drafting_engine), drafter="model")

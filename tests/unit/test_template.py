@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from dgemma_runtime.canvas import Canvas
+from dgemma_runtime.drafting.proposal import lay_out
+from dgemma_runtime.drafting.request_drafts import RequestDrafts
 from dgemma_runtime.drafting.template import Template, TemplateText, lay_out_template, parse_template
 from dgemma_runtime.engines.scripted import ChaoticEngine, scripted_manifest
 from dgemma_runtime.errors import InvalidRequest
-from dgemma_runtime.parameters import parse_parameters
+from dgemma_runtime.noise import CanvasNoise
+from dgemma_runtime.parameters import default_parameters, parse_parameters
 from dgemma_runtime.requests import GenerationRequest
 from dgemma_runtime.service import Service
 from dgemma_runtime.settings import plan_limits
@@ -167,6 +171,27 @@ def test_pinned_positions_never_differ_whatever_the_denoiser_says(start: Start) 
         found = fill(service, template, seed=seed).finished().token_ids
         assert len(found) == len(pins.pinned)
         assert np.array_equal(found[pins.pinned], pins.token_ids[pins.pinned])
+
+
+def test_a_canvas_in_a_hole_is_one_of_a_template() -> None:
+    """Nothing is pinned there, but an end token ends nothing, and nobody reads what is behind the template."""
+    drafts = RequestDrafts(literals=lay_out_template(("ab", 12), CODEC, 100, True))
+    assert drafts.pins(0, 8) is not None
+    pins = drafts.pins(1, 8)
+    assert pins is not None
+    assert (pins.pinned.sum(), pins.read) == (0, 6)
+    assert RequestDrafts().pins(0, 8) is None
+
+
+def test_a_draft_in_a_hole_must_be_right_behind_an_end_token_too() -> None:
+    drafts = RequestDrafts(literals=lay_out_template(("ab", 22), CODEC, 100, True))
+    draft = np.array([40, EOS, 41, 41, 41, 41, 41, 41], np.int32)
+    defaults = default_parameters({"eos_token_id": EOS})
+    noise = CanvasNoise(1, 1, 8, tiny_tokenizer().get_vocab_size())
+    proposal = lay_out(draft, np.ones(8, np.float32), 8, "model")
+    sure, other = np.zeros(8, np.float32), np.where(np.arange(8) < 2, draft, 50).astype(np.int32)
+    assert Canvas(defaults, noise, proposal, drafts.pins(1, 8)).advance(draft, draft, sure)
+    assert not Canvas(defaults, noise, proposal, drafts.pins(1, 8)).advance(other, other, sure)
 
 
 def test_what_a_template_excludes_is_refused(start: Start) -> None:

@@ -3,7 +3,8 @@
 A draft has paid where its canvas took fewer steps, the drafter's own cost included, than the request's canvases without
 a draft take on average; where none was without, if at least half of what was shown was right. One that has not paid
 makes its source rest for a canvas, the next one for two, then four and so on; one that has paid ends that. Resting
-canvases tell what a canvas takes without a draft. There is no clock and no chance in it: a seed means the same text.
+canvases tell what a canvas takes without a draft. So do those whose draft was not confident enough to be shown; they
+have not paid where asking has its cost. There is no clock and no chance in it: a seed means the same text.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ class DraftPolicy:
         return False
 
     def observe(self, steps: int, outcome: DraftOutcome | None = None) -> None:
-        """A canvas took `steps`, with a draft of this outcome or, None, without. Nothing shown is without, too."""
-        if outcome is None or outcome.drafted == 0:
+        """A canvas took `steps`, with a draft of this outcome or, None, without."""
+        shown = outcome is not None and outcome.drafted > 0
+        if not shown:
             usual = self.usual_steps
             self.usual_steps = float(steps) if usual is None else usual + (steps - usual) / _RECENT
+        if outcome is None or not (shown or self.cost_steps.get(outcome.source)):
             return
         state = self._sources.setdefault(outcome.source, _Source())
-        if self._paid(steps, outcome):
+        if shown and self._paid(steps, outcome):
             state.next_rest = 1
             return
         state.rest = state.next_rest

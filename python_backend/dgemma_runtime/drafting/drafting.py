@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.contract import DraftRow, Engine
@@ -62,13 +61,12 @@ class Drafting:
     def ended(self, request: LiveRequest, canvas: Canvas, emitted: int) -> None:
         """The request's canvas is done, and its first `emitted` tokens are output."""
         outcome = canvas.outcome(emitted)
-        if outcome is not None and not outcome.drafted:
-            outcome = None
-        if outcome is None:
+        shown = outcome is not None and outcome.drafted > 0
+        if not shown:
             self._usual.add(canvas.step)
         steps_saved = self._usual.value - canvas.step if self._usual.count else 0.0
         request.drafts.ended(canvas.step, outcome, steps_saved)
-        if outcome is not None:
+        if outcome is not None and shown:
             self._observer.drafted(request, outcome, steps_saved)
 
     def _wants(self, request: LiveRequest, source: str) -> bool:
@@ -81,18 +79,19 @@ class Drafting:
     def _from_text(self, request: LiveRequest) -> Proposal | None:
         """Where the output begins, the client's draft begins as well; behind that it is found by what it follows."""
         drafts, length = request.drafts, self._canvas_length
-        source = LOOKUP if drafts.given is None else CLIENT
-        if not self._wants(request, source):
-            return None
-        if request.canvas_index == 0 and source == CLIENT:
+        given = drafts.given if drafts.given is not None and self._wants(request, CLIENT) else None
+        if given is not None and request.canvas_index == 0:
             return drafts.of_client(0, length)
+        own = self._wants(request, LOOKUP)
+        if given is None and not own:
+            return None
         proposal = None
-        with self._guarded(source):
+        with self._guarded(LOOKUP if given is None else CLIENT):
             end_ids = request.parameters.end_ids
-            proposal = propose(request.tokens, len(request.prompt_ids), length, end_ids, drafts.given)
+            proposal = propose(request.tokens, len(request.prompt_ids), length, end_ids, given, own)
             if proposal is None and request.canvas_index == 0 and request.parameters.drafter == LOOKUP:
                 proposal = opening(request.prompt_ids, length, end_ids, self._piece)
-        return None if proposal is None else replace(proposal, source=source)
+        return proposal
 
     def _from_network(self, requests: Sequence[LiveRequest]) -> None:
         rows = [DraftRow(r.slot, r.cached_tokens, r.page_view, int(r.tokens[-1])) for r in requests]

@@ -75,26 +75,29 @@ def propose(
     canvas_length: int,
     end_ids: Sequence[int] = (),
     draft: Int32Array | None = None,
+    own: bool = True,
 ) -> Proposal | None:
     """A canvas for the end of `text` [n], prompt and output so far; None where too little of its end was there before.
 
     While the output copies the client's `draft`, edits aside, that goes on. Otherwise the strongest of: it goes on
     copying the prompt; it repeats itself, again and again where the match reaches its end; a weak match with the draft.
-    Nothing is proposed behind an end token.
+    Without `own` only the draft is looked at. What is found there is the client's, the rest lookup's. Nothing is
+    proposed behind an end token.
 
     Chats repeat the marker in front of every answer; alone it is too short to bring back the answer before.
     """
     written = len(text) - prompt_length
-    found = [] if draft is None else _copied(draft, text, written, canvas_length)
-    if not found or found[0][0] < MIN_STRENGTH:
+    found, source = ([] if draft is None else _copied(draft, text, written, canvas_length)), "client"
+    if own and (not found or found[0][0] < MIN_STRENGTH):
         others = _copied(text[:prompt_length], text, written, canvas_length) + _repeated(text, canvas_length)
-        found += [other for other in others if other[0] >= MIN_STRENGTH]
+        if strong := [other for other in others if other[0] >= MIN_STRENGTH]:
+            found, source = strong, "lookup"
     if not found:
         return None
     strength, following = max(found, key=lambda item: item[0])
     if not (ids := list(_until_end(islice(following, canvas_length), end_ids))):
         return None
-    return lay_out(np.array(ids, np.int32), confidences(strength, len(ids)), canvas_length, "lookup")
+    return lay_out(np.array(ids, np.int32), confidences(strength, len(ids)), canvas_length, source)
 
 
 def _copied(source: Int32Array, text: Int32Array, written: int, length: int) -> list[tuple[int, Iterator[int]]]:

@@ -35,7 +35,7 @@ class RequestDrafts:
     def ended(self, steps: int, outcome: DraftOutcome | None, steps_saved: float) -> None:
         """A canvas took `steps`; `outcome` is None where it had no draft."""
         self.policy.observe(steps, outcome)
-        if outcome is not None:
+        if outcome is not None and outcome.drafted:
             known = self.statistics.get(outcome.source, DraftStatistics(outcome.source))
             self.statistics[outcome.source] = known.with_canvas(outcome, steps_saved)
 
@@ -47,13 +47,11 @@ class RequestDrafts:
         return lay_out(ids, np.ones(len(ids), np.float32), canvas_length, "client") if len(ids) else None
 
     def pins(self, canvas_index: int, canvas_length: int) -> Pins | None:
-        """Of this canvas; None where nothing is pinned."""
+        """Of this canvas, also where it lies in a hole; None without a template."""
         if self.literals is None:
             return None
         start = canvas_index * canvas_length
         pinned = self.literals.pinned[start:][:canvas_length]
-        if not pinned.any():
-            return None
         read = len(pinned)
         missing = (0, canvas_length - read)
         return Pins(np.pad(self.literals.token_ids[start:][:canvas_length], missing), np.pad(pinned, missing), read)
