@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from dgemma_runtime.contract import CommitRow, DenoiseResult, DenoiseRow
-from dgemma_runtime.engines.scripted import ChaoticEngine, scripted_manifest
+from dgemma_runtime.contract import CommitRow, DenoiseResult, DenoiseRow, DraftResult, DraftRow
+from dgemma_runtime.engines.scripted import ChaoticEngine, scripted_drafter_manifest, scripted_manifest
 from dgemma_runtime.errors import EngineMemoryError
 from dgemma_runtime.parameters import parse_parameters
 from dgemma_runtime.requests import GenerationRequest
@@ -101,3 +101,55 @@ def test_a_call_before_that_finds_no_memory(start: Start) -> None:
     calls = [(call.kind, len(call.slots)) for call in used.calls if call.kind in ("denoise", "release")]
     assert calls[:3] == [("denoise", 1), ("release", 1), ("release", 1)], "the lent slot was in no call"
     assert calls[3][0] == "denoise"
+
+
+# ---------------------------------------------------------------- networks
+
+
+class Drafted(ChaoticEngine):
+    """Its drafter's calls find no memory while there are `too_many` canvases or more to draft, or at work."""
+
+    def __init__(self, too_many: int) -> None:
+        super().__init__(MANIFEST, plan_limits(MANIFEST, small_settings()))
+        self.drafter = scripted_drafter_manifest(MANIFEST)
+        self._drafts = lambda context: (np.resize(context[-5:], LENGTH), np.full(LENGTH, 0.99, np.float32))
+        self._too_many = too_many
+
+    def draft(self, rows: Sequence[DraftRow]) -> DraftResult:
+        if len(self._slots.keys() | {row.slot for row in rows}) >= self._too_many:
+            self._starved = True
+            raise EngineMemoryError("no memory for a draft")
+        return super().draft(rows)
+
+
+def ask_network(service: Service, **values: Any) -> list[Recorder]:
+    common = {"max_denoising_steps": 4, "end_id": -1, "max_tokens": 32, "drafter": "model"}
+    recorders = []
+    with service._changed:
+        for prompt in PROMPTS:
+            recorders.append(recorder := Recorder())
+            service.submit(GenerationRequest(prompt, parse_parameters(common | values, service.defaults)), recorder)
+    return recorders
+
+
+def test_a_seed_waits_for_a_network_that_finds_no_memory(start: Start) -> None:
+    expected = texts(ask_network(start(Drafted(too_many=9)), seed=5))
+    service = start(Drafted(too_many=2))
+    assert texts(ask_network(service, seed=5)) == expected
+    assert service.statistics().preemptions > 0
+
+
+def test_what_has_a_seed_and_never_finds_memory_fails_alone(start: Start) -> None:
+    service = start(Drafted(too_many=1))
+    for recorder in ask_network(service, seed=5):
+        assert (recorder.finished().reason, recorder.finished().error) == ("error", "no memory for a draft")
+    assert service.healthy
+    assert [recorder.finished().error for recorder in ask_network(service, seed=5, drafter="off")] == [None] * 3
+
+
+def test_without_a_seed_nobody_waits_for_a_network(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    service = start(Drafted(too_many=1))
+    for recorder in ask_network(service):
+        assert len(recorder.finished().token_ids) == 32
+    assert service.statistics().preemptions == 0
+    assert "canvases: no memory for a draft" in caplog.text

@@ -215,7 +215,7 @@ def test_a_lookup_that_fails_is_switched_off(monkeypatch: pytest.MonkeyPatch) ->
     assert watching.failures == ["lookup"]
 
 
-def test_a_network_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_without_memory_is_asked_again_for_the_next_canvas(monkeypatch: pytest.MonkeyPatch) -> None:
     drafting_engine = engine(drafts=network)
     draft, failed = drafting_engine.draft, list[bool]()
 

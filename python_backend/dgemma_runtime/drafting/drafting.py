@@ -2,7 +2,7 @@
 
 The client's own draft comes first, then what prompt and output repeat, then the drafter network, for all canvases that
 start in one call. A drafter that fails is not asked again, by any request: a draft is an offer, and the canvas starts
-from noise without one.
+from noise without one. Only where a request has a seed, a network that finds no memory is waited for.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ class Drafting:
             raise InvalidRequest("drafter", "'model': this server has no drafter network; send auto, lookup or off")
 
     def propose(self, requests: Sequence[LiveRequest]) -> None:
-        """Decide what each request's present canvas starts from, once per canvas, however often that starts."""
-        undrafted = []
+        """Decide what each request's present canvas starts from, once per canvas, however often that starts.
+
+        Raises EngineMemoryError where a network's draft of a request with a seed found no memory. That canvas is then
+        to start again, and the network is asked again.
+        """
         for request in requests:
             drafts = request.drafts
             if drafts.canvas_index == request.canvas_index:
                 continue
             drafts.canvas_index, drafts.proposal = request.canvas_index, self._from_text(request)
-            if drafts.proposal is None and self._wants(request, MODEL) and request.cached_tokens:
-                undrafted.append(request)
-        if undrafted:
+            drafts.asks_network = drafts.proposal is None and self._wants(request, MODEL) and request.cached_tokens > 0
+        if undrafted := [r for r in requests if r.drafts.asks_network and MODEL not in self._off]:
             self._from_network(undrafted)
 
     def ended(self, request: LiveRequest, canvas: Canvas, emitted: int) -> None:
@@ -95,20 +97,27 @@ class Drafting:
 
     def _from_network(self, requests: Sequence[LiveRequest]) -> None:
         rows = [DraftRow(r.slot, r.cached_tokens, r.page_view, int(r.tokens[-1])) for r in requests]
-        with self._guarded(MODEL):
-            with self._engine_time.running():
-                result = self._engine.draft(rows)
-            for index, request in enumerate(requests):
-                ids, confidences = result.token_ids[index].copy(), result.confidences[index].copy()
-                request.drafts.proposal = Proposal(ids, confidences, MODEL, MODEL_CONFIDENCE)
+        try:
+            with self._guarded(MODEL):
+                with self._engine_time.running():
+                    result = self._engine.draft(rows)
+                for index, request in enumerate(requests):
+                    ids, confidences = result.token_ids[index].copy(), result.confidences[index].copy()
+                    request.drafts.proposal = Proposal(ids, confidences, MODEL, MODEL_CONFIDENCE)
+        except EngineMemoryError as error:
+            if any(request.is_exact for request in requests):
+                raise
+            _log.warning("no drafts for %d canvases: %s", len(requests), error)
+        for request in requests:
+            request.drafts.asks_network = False
 
     @contextmanager
     def _guarded(self, source: str) -> Iterator[None]:
-        """What goes wrong in here costs a draft and no more."""
+        """What goes wrong in here costs drafts and no more; too little memory is not the drafter's fault."""
         try:
             yield
-        except EngineMemoryError as error:
-            _log.warning("no drafts for this canvas: %s", error)
+        except EngineMemoryError:
+            raise
         except Exception:  # noqa: BLE001 - whatever it was, a request is none the worse for it
             _log.exception("drafter %s failed and is switched off; requests go on without its drafts", source)
             self._off.add(source)

@@ -29,6 +29,7 @@ class RequestDrafts:
     hole: Hole | None = None  # between prompt and suffix; then the output is one canvas
     proposal: Proposal | None = None  # for the present canvas
     canvas_index: int = -1  # whose proposal that is; a canvas that starts again starts from the same
+    asks_network: bool = False  # which has not answered yet
     policy: DraftPolicy = field(default_factory=lambda: DraftPolicy(COST_STEPS))
     statistics: dict[str, DraftStatistics] = field(default_factory=dict)  # by drafter
 
