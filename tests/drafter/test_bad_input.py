@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 from typer.testing import CliRunner
 
 from dgemma_build.checkpoint import Checkpoint
@@ -124,6 +127,19 @@ def test_wrong_tensors_are_refused(copy: Path, denoiser: Path, damage: Any, comp
     damage(tensors)
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=complaint):
+        opened(copy, denoiser)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")],
+)
+def test_weights_of_another_type_are_refused(copy: Path, denoiser: Path, dtype: torch.dtype, name: str) -> None:
+    path = copy / "model.safetensors"
+    tensors = load_torch(path)
+    tensors["norm.weight"] = tensors["norm.weight"].to(dtype)
+    save_torch(tensors, path)
+    with pytest.raises(CheckpointError, match=f"norm.weight is {name}, expected BF16, F16, F32; write it again"):
         opened(copy, denoiser)
 
 

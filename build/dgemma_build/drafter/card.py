@@ -33,7 +33,8 @@ checkpoint whose SHA-256 `config.json` names and is refused with any other.
 
 ## What it saves
 Held-out prompts, {count} of each skill, seeds 0, 1, ..., the sampling defaults of the checkpoint, `draft_verification`
-`direct` and `draft_confidence` {confidence}; every answer judged by a program. Steps are denoising steps per canvas.
+`{verification}` and `draft_confidence` {confidence}; every answer judged by a program. Steps are denoising steps per
+canvas.
 
 | skill | steps without | steps with | share | in one pass | right without | right with |
 |---|---|---|---|---|---|---|
@@ -64,7 +65,7 @@ It learned {canvases:,} canvases that the denoiser itself committed, on prompts 
 
 
 def card(directory: Path, measured: dict[str, Any], prompts: int) -> str:
-    """The card's text; `measured` is what `dgemma_build.drafter.measure` wrote, `prompts` the training's."""
+    """The card's text; `measured` is a line that `dgemma_build.drafter.measure` wrote, `prompts` the training's."""
     config = parse_config(read_json(directory / CONFIG_FILE), directory / CONFIG_FILE)
     log = [json.loads(line) for line in (directory / LOG_FILE).read_text().splitlines()]
     starts = [entry for entry in log if "plan" in entry]
@@ -81,6 +82,7 @@ def card(directory: Path, measured: dict[str, Any], prompts: int) -> str:
         vocab=config.vocab_size,
         canvas=config.canvas_length,
         count=measured["held_out_per_skill"],
+        verification=measured["draft_verification"],
         confidence=measured["draft_confidence"],
         rows="\n".join(_row(name, group) for name, group in _last_all(measured["groups"])),
         draft_share=measured["calls"]["share"],
@@ -118,7 +120,9 @@ def _row(name: str, group: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--drafter", type=Path, required=True, help="checkpoint directory, with its training log")
-    parser.add_argument("--measured", type=Path, required=True, help="JSON file of dgemma_build.drafter.measure")
+    parser.add_argument(
+        "--measured", type=Path, required=True, help="file of one line, of dgemma_build.drafter.measure"
+    )
     parser.add_argument("--prompts", type=int, required=True, help="how many it was trained on")
     args = parser.parse_args()
     text = card(args.drafter, json.loads(args.measured.read_text()), args.prompts)

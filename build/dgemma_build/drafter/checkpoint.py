@@ -20,6 +20,7 @@ from dgemma_runtime.errors import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _NORMS = ("input_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm")
+_DTYPES = ("BF16", "F16", "F32")  # as safetensors names them
 _AGAIN = "write it again with `python -m dgemma_build.drafter.train`"
 
 Float32 = npt.NDArray[np.float32]
@@ -78,7 +79,11 @@ class DrafterCheckpoint:
             raise CheckpointError(f"{path}: not found; the drafter is incomplete, {_AGAIN}")
         try:
             with safe_open(path, framework="numpy") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+                names = list(file.keys())
+                for name in names:
+                    if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
+                        raise CheckpointError(f"{path}: {name} is {dtype}, expected {', '.join(_DTYPES)}; {_AGAIN}")
+                found = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error}); {_AGAIN}") from None
         if differing := sorted(set(found) ^ set(expected)):

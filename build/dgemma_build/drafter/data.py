@@ -1,8 +1,9 @@
 """What drafters learn from: canvases that the denoiser committed, asked of its own engine. Knows no network.
 
 `python -m dgemma_build.drafter.data --engine DIR --output FILE` writes one JSON line per prompt: the prompt's ids, its
-canvases and the steps each of them took. Prompts are drawn from the demo skills' training split, or, for another
-checkpoint, read from a file of JSON lines with a field `text_input`. Request i of seed s has the engine's seed s + i.
+canvases, the steps each of them took, and the hash of the denoiser's checkpoint. Prompts are of the demo's skills, of
+the training split unless `--held-out` is given, or, for another checkpoint, read from a file of JSON lines with a field
+`text_input`. The seed chooses prompts; request i of seed s has the engine's seed s + i.
 """
 
 from __future__ import annotations
@@ -10,21 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 
 from dgemma_build.demo.skills import SKILLS, draw, held_out_set
 from dgemma_build.demo.tokenizer import render_turn
+from dgemma_build.drafter.records import Record, write_records
 from dgemma_runtime.canvas import Canvas
 from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import (
     CommitRow,
+    DenoiseRow,
     DraftRow,
     EncodeRow,
     Engine,
@@ -35,13 +39,14 @@ from dgemma_runtime.contract import (
 )
 from dgemma_runtime.drafting.proposal import Proposal
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
-from dgemma_runtime.errors import ConfigurationError
+from dgemma_runtime.errors import ConfigurationError, DGemmaError
 from dgemma_runtime.noise import CanvasNoise
-from dgemma_runtime.parameters import default_parameters
+from dgemma_runtime.parameters import default_parameters, parse_parameters
 
 _PAGE = 64  # tokens
 _MAX_TOKENS = 2048  # prompt and output together
 _SHARES = {"sudoku4": 0.12, "sudoku6": 0.36, "json": 0.14, "table": 0.26, "infill": 0.12}  # of the prompts
+_LINES = "write one JSON object with text_input a line"
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,6 @@ class Prompt:
     text: str
 
 
-@dataclass(frozen=True)
-class Record:
-    """One answer of the denoiser; every canvas is whole, what follows its end token included."""
-
-    group: str
-    prompt: list[int]
-    canvases: list[list[int]]
-    steps: list[int]  # that each canvas took
-
-
 def demo_prompts(count: int, seed: int) -> Iterator[Prompt]:
     """Of the training split, about as many of each skill as the denoiser was trained with."""
     rng = random.Random(f"drafter:{seed}")
@@ -70,36 +65,38 @@ def demo_prompts(count: int, seed: int) -> Iterator[Prompt]:
         yield Prompt(skill, render_turn(draw(skill, rng, held_out=False).prompt))
 
 
-def held_out_prompts(count: int, seed: int = 20261121) -> Iterator[Prompt]:
+def held_out_prompts(count: int, seed: int) -> Iterator[Prompt]:
     """`count` of every skill."""
     for skill in SKILLS:
         yield from (Prompt(skill, render_turn(example.prompt)) for example in held_out_set(skill, count, seed))
 
 
-def read_prompts(path: Path) -> Iterator[Prompt]:
+def read_prompts(path: Path) -> list[Prompt]:
     """JSON lines with `text_input` and, if they like, `group`."""
-    with path.open(encoding="utf-8") as file:
+    if not path.is_file():
+        raise ConfigurationError(f"--prompts {path}: not found; {_LINES}")
+    prompts = []
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                raw = json.loads(line)
-                yield Prompt(str(raw.get("group", "all")), str(raw["text_input"]))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise ConfigurationError(
-                    f"{path}: line {number} has no text_input ({error!r}); write one JSON object a line"
-                ) from None
+                prompts.append(_prompt(json.loads(line)))
+            except ValueError as error:
+                raise ConfigurationError(f"--prompts {path}: line {number} is no prompt: {error}; {_LINES}") from None
+    if not prompts:
+        raise ConfigurationError(f"--prompts {path}: holds no prompt; {_LINES}")
+    return prompts
 
 
-def read_records(path: Path) -> list[Record]:
-    """What `main` wrote; raises ConfigurationError naming the line that is not a record."""
-    if not path.is_file():
-        raise ConfigurationError(f"{path}: not found; make it with `python -m dgemma_build.drafter.data`")
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"{path}: line {number} is no record ({error}); make the file again") from None
-    return records
+def _prompt(raw: Any) -> Prompt:
+    if not isinstance(raw, dict):
+        raise ValueError("it is not a JSON object")
+    if "text_input" not in raw:
+        raise ValueError("text_input is missing")
+    group, text = raw.get("group", "all"), raw["text_input"]
+    for name, value in (("group", group), ("text_input", text)):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}, expected a text")
+    return Prompt(group, text)
 
 
 @dataclass
@@ -115,9 +112,15 @@ class _Sequence:
     canvas: Canvas | None = None  # the one at work
     steps: list[int] = field(default_factory=list)  # of those that have ended
 
-    def record(self, canvas_length: int) -> Record:
+    @property
+    def place(self) -> tuple[int, int, SequencePages]:
+        """Of its canvas, as rows name it."""
+        return self.slot, len(self.token_ids), self.pages
+
+    def record(self, canvas_length: int, denoiser_sha256: str) -> Record:
         canvases = self.token_ids[self.prompt_length :].reshape(-1, canvas_length)
-        return Record(self.group, self.token_ids[: self.prompt_length].tolist(), canvases.tolist(), self.steps)
+        prompt = self.token_ids[: self.prompt_length].tolist()
+        return Record(self.group, prompt, canvases.tolist(), self.steps, denoiser_sha256)
 
 
 class Distiller:
@@ -129,7 +132,8 @@ class Distiller:
         """`more` are request parameters other than the defaults."""
         manifest = Manifest.load(directory)
         self._spec, self.codec = manifest.model, Codec.load(directory)
-        self._defaults = replace(default_parameters(manifest.generation_defaults), draft_verification="direct", **more)
+        self._denoiser_sha256 = manifest.checkpoint_sha256
+        self._defaults = parse_parameters(more, default_parameters(manifest.generation_defaults))
         self.end_ids = list(self._defaults.end_ids)
         self._longest = min(_MAX_TOKENS, manifest.max_model_len)
         self._per_slot = -(-self._longest // _PAGE)
@@ -163,7 +167,7 @@ class Distiller:
                 running.remove(each)
                 self._engine.release(each.slot)
                 free.append(each.slot)
-                yield each.record(self._spec.canvas_length)
+                yield each.record(self._spec.canvas_length, self._denoiser_sha256)
             if commits:
                 self._engine.denoise([], commits)
 
@@ -194,9 +198,19 @@ class Distiller:
     def _step(self, sequences: Sequence[_Sequence]) -> list[_Sequence]:
         """Those whose canvases have ended with it."""
         work = [(each, each.canvas) for each in sequences if each.canvas is not None]
-        result = self._engine.denoise([canvas.row(s.slot, len(s.token_ids), s.pages) for s, canvas in work])
-        outcomes = zip(result.argmax_ids, result.sampled_ids, result.entropies, strict=True)
+        twice = [index for index, (_, canvas) in enumerate(work) if canvas.halves and canvas.step == 0]
+        before = [canvas.second_row(*each.place) for each, canvas in map(work.__getitem__, twice)]
+        second = self._pass(before) if before else ()
+        arrays = self._pass([canvas.row(*each.place) for each, canvas in work])
+        for array, other in zip(arrays, second, strict=False):
+            array[twice, 1::2] = other[:, 1::2]
+        outcomes = zip(*arrays, strict=True)
         return [each for (each, canvas), found in zip(work, outcomes, strict=True) if canvas.advance(*found)]
+
+    def _pass(self, rows: Sequence[DenoiseRow]) -> tuple[NDArray[Any], ...]:
+        """The engine may use the arrays of its result again."""
+        result = self._engine.denoise(rows)
+        return result.argmax_ids.copy(), result.sampled_ids.copy(), result.entropies.copy()
 
     def _commit(self, sequence: _Sequence) -> CommitRow:
         """The canvas that ended, which is part of the answer from now on."""
@@ -212,15 +226,6 @@ class Distiller:
         return room and not bool(np.isin(canvas_ids, self.end_ids).any())
 
 
-def write_records(path: Path, records: Iterable[Record], total: int, console: Console) -> None:
-    """Under `path` when all are there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        for record in track(records, "asking the denoiser", total, console=console, disable=not console.is_terminal):
-            file.write(json.dumps(asdict(record)) + "\n")
-    temporary.replace(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", type=Path, required=True, help="engine directory of the denoiser")
@@ -228,13 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=Path, help="file of JSON lines with text_input; without, the demo's skills")
     parser.add_argument("--count", type=int, default=20_000, help="of prompts of the demo's skills")
     parser.add_argument("--held-out", action="store_true", help="of the held-out split, COUNT of every skill")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the skills' prompts, and of the engine's answers")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     if args.prompts:
-        prompts = list(read_prompts(args.prompts))
+        prompts = read_prompts(args.prompts)
     elif args.held_out:
-        prompts = list(held_out_prompts(args.count))
+        prompts = list(held_out_prompts(args.count, args.seed))
     else:
         prompts = list(demo_prompts(args.count, args.seed))
     with Distiller(args.engine, threads=args.threads) as distiller:
@@ -242,4 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (DGemmaError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """What a drafter saves: steps and right answers with it and without, on the demo's held-out prompts. Trains nothing.
 
-`python -m dgemma_build.drafter.measure --engine DIR --draft-model DIR --output FILE`. Both runs have the same seeds.
+`python -m dgemma_build.drafter.measure --engine DIR --draft-model DIR --output FILE`. All runs have the same seeds.
+Several values of `--confidence` and `--verification` are measured each with each, a JSON line for each pair.
 A draft's cost beside that of a step is the processor time of calls on one core, which a busy machine changes little.
 """
 
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,14 +22,17 @@ import numpy as np
 
 from dgemma_build.demo.skills import SKILLS, held_out_set
 from dgemma_build.demo.tokenizer import render_turn
-from dgemma_build.drafter.data import Distiller, Prompt, Record
+from dgemma_build.drafter.data import Distiller, Prompt
+from dgemma_build.drafter.records import Record
 from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import DenoiseRow, DraftRow, EncodeRow, EngineLimits, SequencePages
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
+from dgemma_runtime.errors import DGemmaError
+from dgemma_runtime.parameters import VERIFICATIONS
 
-CONFIDENCE = 0.97  # positions that the drafter is less sure of start as noise; chosen on prompts of another seed
+CONFIDENCE = 0.97  # positions that the drafter is less sure of start as noise; the server's own value
+SEED = 20261121  # of the held-out prompts; to choose a value by, take others
 _CALLS = 60  # timed, after as many that are not
-_SEED = 20261121  # of the held-out prompts
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,12 @@ class Answers:
 
 
 def measure_answers(
-    engine: Path, draft_model: Path | None, count: int, threads: int, **more: Any
+    engine: Path, draft_model: Path | None, count: int, threads: int, seed: int, **more: Any
 ) -> dict[str, Answers]:
-    """By skill and over `all`; `count` held-out prompts of each, seeds 0, 1, ...; `more` are request parameters."""
-    examples = [example for skill in SKILLS for example in held_out_set(skill, count, _SEED)]
+    """By skill and over `all`; `count` held-out prompts of each, answered with seeds 0, 1, ...; `more` are request
+    parameters.
+    """
+    examples = [example for skill in SKILLS for example in held_out_set(skill, count, seed)]
     prompts = [Prompt(str(index), render_turn(example.prompt)) for index, example in enumerate(examples)]
     with Distiller(engine, threads=threads, draft_model=draft_model, **more) as distiller:
         records = {int(record.group): record for record in distiller.records(prompts, seed=0)}
@@ -96,38 +104,51 @@ def _cpu_ms(call: Callable[[], object]) -> float:
 
 
 def measure(
-    engine: Path, draft_model: Path, count: int, threads: int, confidence: float = CONFIDENCE
-) -> dict[str, Any]:
-    """Everything, for a JSON file; `confidence` is the request parameter `draft_confidence`."""
-    without = measure_answers(engine, None, count, threads)
-    with_drafter = measure_answers(engine, draft_model, count, threads, draft_confidence=confidence)
-    groups = {
-        name: {
-            "without": asdict(without[name]) | {"steps_per_canvas": without[name].steps_per_canvas},
-            "with": asdict(with_drafter[name]) | {"steps_per_canvas": with_drafter[name].steps_per_canvas},
-            "steps_share": round(with_drafter[name].steps_per_canvas / without[name].steps_per_canvas, 3),
+    engine: Path,
+    draft_model: Path,
+    count: int,
+    threads: int,
+    confidences: Sequence[float] = (CONFIDENCE,),
+    verifications: Sequence[str] = (VERIFICATIONS[0],),
+    seed: int = SEED,
+) -> Iterator[dict[str, Any]]:
+    """Everything, a JSON document for each verification with each `draft_confidence`."""
+    without = measure_answers(engine, None, count, threads, seed)
+    calls = measure_calls(engine, draft_model)
+    for verification, confidence in product(verifications, confidences):
+        asked = {"draft_verification": verification, "draft_confidence": confidence}
+        drafted = measure_answers(engine, draft_model, count, threads, seed, **asked)
+        groups = {
+            name: {
+                "without": asdict(before) | {"steps_per_canvas": before.steps_per_canvas},
+                "with": asdict(drafted[name]) | {"steps_per_canvas": drafted[name].steps_per_canvas},
+                "steps_share": round(drafted[name].steps_per_canvas / before.steps_per_canvas, 3),
+            }
+            for name, before in without.items()
         }
-        for name in without
-    }
-    return {
-        "held_out_per_skill": count,
-        "draft_confidence": confidence,
-        "calls": measure_calls(engine, draft_model),
-        "groups": groups,
-    }
+        yield {"held_out_per_skill": count, "seed": seed, **asked, "calls": calls, "groups": groups}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", type=Path, required=True, help="engine directory of the denoiser")
     parser.add_argument("--draft-model", type=Path, required=True, help="engine directory of the drafter")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=Path, required=True, help="file of JSON lines to write")
     parser.add_argument("--count", type=int, default=100, help="of held-out prompts of every skill")
-    parser.add_argument("--confidence", type=float, default=CONFIDENCE, help="draft_confidence of the requests")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the held-out prompts")
+    parser.add_argument("--confidence", type=float, nargs="+", default=[CONFIDENCE], help="values of draft_confidence")
+    parser.add_argument("--verification", nargs="+", default=[VERIFICATIONS[0]], choices=VERIFICATIONS)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
-    found = measure(args.engine, args.draft_model, args.count, args.threads, args.confidence)
-    args.output.write_text(json.dumps(found, indent=2) + "\n")
+    options = (args.confidence, args.verification, args.seed)
+    with args.output.open("w") as file:
+        for found in measure(args.engine, args.draft_model, args.count, args.threads, *options):
+            file.write(json.dumps(found) + "\n")
+            _say(found)
+
+
+def _say(found: dict[str, Any]) -> None:
+    print(f"{found['draft_verification']}, draft_confidence {found['draft_confidence']:g}")
     for name, group in found["groups"].items():
         before, after = group["without"], group["with"]
         print(
@@ -139,4 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (DGemmaError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -11,11 +11,14 @@ import argparse
 import json
 import math
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,9 +30,11 @@ from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.demo.train import Muon
 from dgemma_build.drafter.checkpoint import write_drafter
 from dgemma_build.drafter.config import DrafterConfig, check_sizes
-from dgemma_build.drafter.data import Record, read_records
 from dgemma_build.drafter.features import ContextEncoder, Features, stack
 from dgemma_build.drafter.network import Drafter
+from dgemma_build.drafter.records import Record, read_records
+from dgemma_runtime.contract import file_sha256
+from dgemma_runtime.errors import ConfigurationError, DGemmaError
 
 STATE_FILE, LOG_FILE = "training.pt", "train_log.jsonl"
 
@@ -123,10 +128,15 @@ def evaluate(model: Drafter, data: Sequence[Example], batch: int = 128) -> dict[
 
 
 class Run:
-    """Model, optimizers and their state on disk."""
+    """Model, optimizers and their state on disk.
 
-    def __init__(self, plan: Plan, model: Drafter, state_file: Path, resume: bool) -> None:
+    Raises ConfigurationError where it is to go on from a state that is missing, or is one of another run; a run may be
+    made longer or shorter.
+    """
+
+    def __init__(self, plan: Plan, model: Drafter, state_file: Path, data_sha256: str, resume: bool) -> None:
         self.plan, self.model, self._state_file = plan, model, state_file
+        self._of = {**model.config.document(), **asdict(plan), "data_sha256": data_sha256}
         matrices = [p for p in model.layers.parameters() if p.ndim == 2]
         self._others = [p for p in model.parameters() if not any(p is q for q in matrices)]
         self._optimizers = [
@@ -134,12 +144,31 @@ class Run:
             torch.optim.AdamW(self._others, plan.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self.first_step = 0
-        if resume and state_file.exists():
-            state = torch.load(state_file, weights_only=True)
+        if resume:
+            state = self._saved()
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.first_step = state["step"]
+
+    def _saved(self) -> dict[str, Any]:
+        path, anew = self._state_file, "leave out --resume to begin anew"
+        if not path.is_file():
+            raise ConfigurationError(f"--resume: {path} not found; {anew}")
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+            saved = state["of"]
+        except (RuntimeError, TypeError, KeyError, EOFError, UnpicklingError) as error:
+            raise ConfigurationError(f"--resume: {path} is no state of a training run ({error!r}); {anew}") from None
+        for name in sorted((saved.keys() | self._of.keys()) - {"steps"}):
+            if saved.get(name) != self._of.get(name):
+                raise ConfigurationError(
+                    f"--resume: {path} is of a run with {name} {saved.get(name)!r}, this one has "
+                    f"{self._of.get(name)!r}; give what that run was given, or {anew}"
+                )
+        if state["step"] > self.plan.steps:
+            raise ConfigurationError(f"--steps {self.plan.steps}: {path} is after step {state['step']}; ask for more")
+        return state
 
     def update(self, step: int, data: Sequence[Example]) -> dict[str, float]:
         """One step; its figures."""
@@ -167,7 +196,8 @@ class Run:
         """What `resume` reads, after `step` steps."""
         optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
         temporary = self._state_file.with_suffix(".tmp")
-        torch.save({"model": self.model.state_dict(), "optimizers": optimizers, "step": step}, temporary)
+        state = {"of": self._of, "model": self.model.state_dict(), "optimizers": optimizers, "step": step}
+        torch.save(state, temporary)
         temporary.replace(self._state_file)
 
 
@@ -179,16 +209,16 @@ class Data:
     held_out: Sequence[Example]
 
 
-def train(plan: Plan, model: Drafter, data: Data, output: Path, resume: bool, progress: Progress) -> None:
+def train(run: Run, data: Data, output: Path, progress: Progress) -> None:
     """Run the plan; writes state, log and the drafter's checkpoint to `output`."""
     output.mkdir(parents=True, exist_ok=True)
-    run = Run(plan, model, output / STATE_FILE, resume)
+    plan, model = run.plan, run.model
     started = time.monotonic()
     parameters = sum(p.numel() for p in model.parameters())
     head = {"parameters": parameters, "plan": asdict(plan), "first_step": run.first_step}
     head |= {"canvases": len(data.training), "held_out": len(data.held_out), "drafter": model.config.document()}
     task = progress.add_task("training", total=plan.steps, completed=run.first_step)
-    with (output / LOG_FILE).open("a" if resume else "w") as log:
+    with (output / LOG_FILE).open("a" if run.first_step else "w") as log:
         log.write(json.dumps(head) + "\n")
         for step in range(run.first_step, plan.steps):
             figures = run.update(step, data.training)
@@ -232,13 +262,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = DrafterConfig(denoiser.sha256(), spec.vocab_size, spec.canvas_length, spec.hidden_size, *sizes)
     check_sizes(config, denoiser.config, Path("the command line"))
     model = Drafter(config, denoiser.config, torch.from_numpy(denoiser.float32("embed_tokens.weight")))
+    records = [read_records(path, spec, config.denoiser_sha256) for path in (args.data, args.held_out)]
+    plan = Plan(args.steps, args.batch, seed=args.seed)
+    run = Run(plan, model, args.output / STATE_FILE, file_sha256(args.data), args.resume)
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         encoder = ContextEncoder(args.checkpoint, config.reads)
-        parts = [examples(read_records(path), encoder, progress) for path in (args.data, args.held_out)]
-        plan = Plan(args.steps, args.batch, seed=args.seed)
-        train(plan, model, Data(*parts), args.output, args.resume, progress)
+        data = Data(*(examples(each, encoder, progress) for each in records))
+        train(run, data, args.output, progress)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (DGemmaError, OSError) as error:
+        sys.exit(f"error: {error}")
