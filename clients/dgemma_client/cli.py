@@ -313,8 +313,9 @@ def _standard_input() -> str:
 
 
 def _file(path: Path, option: str) -> str:
+    """As it is: line ends too, which `read_text` would change."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{path}: {error}", param_hint=option) from None
 
@@ -325,6 +326,8 @@ def _template_file(path: Path) -> list[str | int]:
         items = json.loads(_file(path, "--template"))
     except ValueError as error:
         raise typer.BadParameter(f"{path}: not JSON: {error}", param_hint="--template") from None
+    except RecursionError:
+        items = None
     if not isinstance(items, list):
         raise typer.BadParameter(f"{path}: give a JSON list of texts and numbers", param_hint="--template")
     return items

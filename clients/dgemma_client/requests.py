@@ -136,5 +136,5 @@ def _elements(name: str, value: Any) -> Values:
 def _json(name: str, value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{name}: not JSON ({error}); give plain lists, dicts, text and finite numbers") from None

@@ -47,7 +47,13 @@ async def test_what_is_known_of_the_output_becomes_tensors() -> None:
 
 
 async def test_what_no_tensor_can_hold_is_refused_before_it_is_sent() -> None:
-    for name, value in (("draft_text", 3), ("draft_ids", ["a"]), ("template", [{1}]), ("suffix", b"x")):
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for name, value in (
+        *(("draft_text", 3), ("draft_ids", ["a"]), ("suffix", b"x")),
+        *(("template", [{1}]), ("template", deep)),
+    ):
         with pytest.raises(InvalidRequest, match=f"^{name}: "):
             await ask(**{name: value})
 
@@ -85,7 +91,7 @@ async def test_figures_that_are_none_are_an_error(figures: dict[str, Any], messa
 
 async def test_options_of_the_command(tmp_path: Path) -> None:
     draft, template = tmp_path / "draft.txt", tmp_path / "template.json"
-    draft.write_text("é\n", encoding="utf-8")
+    draft.write_bytes("é\r\n".encode())
     template.write_text('["a: ", 3]')
     async with FakeTriton(answer) as server:
         code, out, err = await run(server.url, "generate", "hi", "--draft", str(draft), "--drafter", "auto")
@@ -94,7 +100,7 @@ async def test_options_of_the_command(tmp_path: Path) -> None:
         assert (await run(server.url, "generate", "hi", "--template", str(template)))[0] == 0
         assert (await run(server.url, "generate", "hi", "--raw", "--suffix", "}"))[0] == 0
         drafted, filled, before = (request.inputs for request in server.requests)
-    assert (drafted["draft_text"], drafted["drafter"]) == (("é\n",), ("auto",))
+    assert (drafted["draft_text"], drafted["drafter"]) == (("é\r\n",), ("auto",))
     assert json.loads(str(filled["template"][0])) == ["a: ", 3]
     assert before["suffix"] == ("}",)
 
@@ -105,6 +111,7 @@ async def test_options_of_the_command(tmp_path: Path) -> None:
         ("--draft", None, "No such file"),
         ("--draft", b"\xff", "codec can't decode"),
         ("--template", b"[1", "not JSON"),
+        ("--template", b"[" * 100_000, "give a JSON list of texts and numbers"),
         ("--template", b'{"a": 1}', "give a JSON list of texts and numbers"),
     ],
 )
