@@ -12,8 +12,6 @@ from dgemma_runtime.errors import ConfigurationError, ManifestError
 
 DRAFTER_FORMAT_VERSION = 1
 DRAFTING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # engines that take a drafter
-_ROW_BYTES, _POSITION_BYTES = 20, 8  # of a call's inputs, and of its results
-_PADDING_BYTES = 5 * 256  # of five arrays
 _REBUILD = "build it again with `dgemma-build engine --drafter`"
 
 
@@ -133,16 +131,3 @@ def check_drafter(directory: Path, drafter: DrafterManifest, denoiser: Manifest)
             f"{directory}: the drafter reads keys and values of kv_dtype {drafter.kv_dtype}, the engine's are "
             f"{denoiser.kv_dtype}; {_REBUILD} --kv-precision {denoiser.kv_dtype}"
         )
-
-
-def drafter_bytes(directory: Path, drafter: DrafterManifest, canvases: int) -> int:
-    """What it takes beside the denoiser: weights, copies of the embedding for the head's product, logits of a call.
-
-    On a GPU: weights, scratch, inputs and results.
-    """
-    weights = sum((directory / name).stat().st_size for name in drafter.files)
-    if drafter.backend != "onnxruntime":
-        tensors = canvases * (_ROW_BYTES + _POSITION_BYTES * drafter.canvas_length) + _PADDING_BYTES
-        return weights + drafter.scratch_bytes + tensors
-    embedding = 2 * 4 * drafter.vocab_size * drafter.denoiser_hidden_size
-    return weights + embedding + 3 * 4 * canvases * drafter.canvas_length * drafter.vocab_size

@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass
 from functools import cache
 
 from dgemma_runtime.contract import FULL, EngineLimits, ModelSpec, cache_dtypes, sliding_slots
+from dgemma_runtime.drafter_manifest import DrafterManifest
 from dgemma_runtime.engines.ort_rows import KEPT_SLOTS, encode_tokens, slots_for
 from dgemma_runtime.errors import ConfigurationError
 from dgemma_runtime.pages import PageRules
@@ -56,7 +57,7 @@ def limits_of(spec: ModelSpec, sequences: int, context: int, chunk: int) -> Engi
 # ---------------------------------------------------------------- onnxruntime
 
 PROCESS_BYTES = 75_000_000  # Python, numpy, onnxruntime with its session, measured with onnxruntime 1.31 on Linux
-_SCORE_COPIES, _MASK_COPIES, _LOGIT_COPIES = 1.05, 4.5, 4
+_SCORE_COPIES, _MASK_COPIES, _LOGIT_COPIES, _DRAFT_LOGIT_COPIES = 1.05, 4.5, 4, 3
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,11 @@ def host_memory(spec: ModelSpec, work: LayerWork, weights: int, limits: EngineLi
     tail = min(slots, spec.sliding_window - 1 + max(limits.max_encode_tokens, canvas))
 
     def call(slots: int, length: int, tokens: int) -> int:
-        """Scores and mask of one full layer with `slots` in all rows, a sliding layer's mask, a layer's activations."""
-        scores = _SCORE_COPIES * work.num_attention_heads * length * slots
-        masks = _MASK_COPIES * (length * slots + tokens * tail)
-        return 4 * (round(scores + masks) + tokens * work.token_values)
+        """Attention, and a layer's activations."""
+        attention = _attention_bytes(work.num_attention_heads, slots, length, tokens * tail)
+        return attention + 4 * tokens * work.token_values
 
-    # Rows of a call are at least half full.
-    steps = call(min(batch * slots, 2 * laid_out), canvas, batch * canvas)
+    steps = call(_step_slots(limits, context), canvas, batch * canvas)
     return HostMemory(
         process=PROCESS_BYTES,
         weights=weights,
@@ -117,6 +116,31 @@ def laid_out_tokens(limits: EngineLimits, context: int) -> int:
     """Of contexts in rows of caches beside the pages, of every sequence."""
     slots, batch = slots_for(context), limits.max_batch_size
     return min(batch * slots, limits.full_pages * limits.page_size + batch * KEPT_SLOTS)
+
+
+def _step_slots(limits: EngineLimits, context: int) -> int:
+    """Of a full layer, in all rows of a call over every canvas; such rows are at least half full."""
+    return min(limits.max_batch_size * slots_for(context), 2 * laid_out_tokens(limits, context))
+
+
+def _attention_bytes(heads: int, slots: int, length: int, sliding: int) -> int:
+    """Scores and mask of one full layer with `slots` in all rows, and a sliding layer's mask of so many numbers."""
+    return 4 * round(_SCORE_COPIES * heads * length * slots + _MASK_COPIES * (length * slots + sliding))
+
+
+def drafter_host_memory(
+    drafter: DrafterManifest, weights: int, spec: ModelSpec, limits: EngineLimits, context: int
+) -> int:
+    """What a drafter takes beside the onnxruntime engine: weights, two copies of the embedding for the head's product,
+    attention and logits of a call, which its session keeps for itself.
+    """
+    batch, canvas = limits.max_batch_size, spec.canvas_length
+    tail = min(slots_for(context), spec.sliding_window - 1 + canvas)
+    attention = _attention_bytes(
+        drafter.num_attention_heads, _step_slots(limits, context), canvas, batch * canvas * tail
+    )
+    embedding = 2 * drafter.vocab_size * drafter.denoiser_hidden_size
+    return weights + attention + 4 * (embedding + _DRAFT_LOGIT_COPIES * batch * canvas * drafter.vocab_size)
 
 
 def largest(most: int, holds: Callable[[int], bool]) -> int | None:
@@ -137,6 +161,7 @@ def largest(most: int, holds: Callable[[int], bool]) -> int | None:
 
 ALIGNMENT = 256  # bytes
 _SMALLEST_SLOTS = 128
+_DRAFT_ROW_BYTES, _DRAFT_POSITION_BYTES = 20, 8  # of a draft's inputs, and of its results
 _SPARE_SLOTS = 4096  # by which rounding up makes a row longer than its context, at most
 
 
@@ -185,6 +210,12 @@ def device_memory(
         calls=canvas_calls + _call_bytes(spec, activations, 1, 0, chunk),
         opening=max(0, first_encoder + wanted - rows - encoder - canvas_calls),
     )
+
+
+def drafter_device_memory(drafter: DrafterManifest, weights: int, limits: EngineLimits) -> int:
+    """What a drafter takes beside the TensorRT engine: weights, scratch, and five arrays of inputs and results."""
+    row = _DRAFT_ROW_BYTES + _DRAFT_POSITION_BYTES * drafter.canvas_length
+    return weights + drafter.scratch_bytes + limits.max_batch_size * row + 5 * ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from dgemma_runtime.contract import EngineLimits, Manifest
-from dgemma_runtime.drafter_manifest import DrafterManifest, check_drafter, drafter_bytes
+from dgemma_runtime.drafter_manifest import DrafterManifest, check_drafter
 from dgemma_runtime.errors import ConfigurationError, ManifestError
 from dgemma_runtime.host_memory import AvailableMemory, available_memory
 from dgemma_runtime.memory_formulas import (
     PROCESS_BYTES,
     LayerWork,
     device_memory,
+    drafter_device_memory,
+    drafter_host_memory,
     host_memory,
     largest,
     page_pool_bytes,
@@ -78,7 +79,7 @@ def check_memory(directory: Path, manifest: Manifest, settings: RuntimeSettings)
         plan_host_memory(directory, manifest, settings)
     else:
         plan_limits(manifest, settings)
-        _drafter_bytes(manifest, settings)
+        _drafter(manifest, settings)
 
 
 def plan_host_memory(
@@ -88,14 +89,16 @@ def plan_host_memory(
     available = available or available_memory()
     reserve = max(_RESERVE_BYTES, round(_RESERVE_SHARE * available.nbytes))
     weights = sum((directory / name).stat().st_size for name in manifest.files)
-    drafter = _drafter_bytes(manifest, settings)
+    drafter = _drafter(manifest, settings)
 
     def uses(chosen: RuntimeSettings, limits: EngineLimits) -> Uses:
         if manifest.backend != "onnxruntime":
             pages = page_pool_bytes(manifest.model, manifest.kv_dtype, limits)
             return (("process", PROCESS_BYTES), ("keys and values in pages", pages))
-        work = LayerWork(manifest.num_attention_heads, manifest.layer_values)
-        found = host_memory(manifest.model, work, weights, limits, chosen.context_length(manifest))
+        spec, context = manifest.model, chosen.context_length(manifest)
+        found = host_memory(
+            spec, LayerWork(manifest.num_attention_heads, manifest.layer_values), weights, limits, context
+        )
         return (
             ("process: Python and its libraries", found.process),
             ("weights", found.weights),
@@ -103,7 +106,7 @@ def plan_host_memory(
             ("keys and values in pages", found.kv_pools),
             ("contexts laid out for calls", found.workspaces),
             ("what a call works in: attention's scores, activations, logits", found.activations),
-            *((("drafter", drafter(chosen.max_batch_size)),) if drafter else ()),
+            *((("drafter", drafter_host_memory(*drafter, spec, limits, context)),) if drafter else ()),
         )
 
     if manifest.backend == "onnxruntime" and not (manifest.num_attention_heads and manifest.layer_values):
@@ -114,14 +117,14 @@ def plan_host_memory(
     return _plan(manifest, settings, available, reserve, uses)
 
 
-def _drafter_bytes(manifest: Manifest, settings: RuntimeSettings) -> Callable[[int], int] | None:
-    """Of the drafter, by the number of canvases at once; None without one. Raises where it is of another denoiser."""
+def _drafter(manifest: Manifest, settings: RuntimeSettings) -> tuple[DrafterManifest, int] | None:
+    """The drafter and the bytes of its weights; None without one. Raises where it is of another denoiser."""
     if settings.draft_model is None:
         return None
     directory = Path(settings.draft_model)
     drafter = DrafterManifest.load(directory, verify_hashes=False)  # the engine verifies them
     check_drafter(directory, drafter, manifest)
-    return partial(drafter_bytes, directory, drafter)
+    return drafter, sum((directory / name).stat().st_size for name in drafter.files)
 
 
 def plan_device_memory(
@@ -130,7 +133,7 @@ def plan_device_memory(
     """Of an engine on a GPU that has `available` memory before it loads `weights` bytes. Raises ConfigurationError."""
     activations = "fp32" if manifest.precision == "fp32" else "bf16"
     longest = -(-manifest.max_model_len // _SLOT_GROUP) * _SLOT_GROUP
-    drafter = _drafter_bytes(manifest, settings)
+    drafter = _drafter(manifest, settings)
 
     def uses(chosen: RuntimeSettings, limits: EngineLimits) -> Uses:
         found = device_memory(manifest.model, manifest.kv_dtype, activations, limits, longest)
@@ -140,7 +143,7 @@ def plan_device_memory(
             ("keys and values in pages", found.pages),
             ("contexts laid out for calls", found.rows + found.encoder + found.fresh + found.opening),
             ("inputs, results and soft embeddings", found.calls),
-            *((("drafter", drafter(chosen.max_batch_size)),) if drafter else ()),
+            *((("drafter", drafter_device_memory(*drafter, limits)),) if drafter else ()),
         )
 
     return _plan(manifest, settings, available, _RESERVE_BYTES, uses)

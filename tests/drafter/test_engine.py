@@ -26,6 +26,7 @@ from dgemma_runtime.contract import (
 )
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from dgemma_runtime.errors import EngineMemoryError
+from dgemma_runtime.memory_formulas import drafter_host_memory
 
 LENGTHS = (1, 5, 16, 17, 40)  # of contexts; sliding layers see 16 tokens
 CANVAS, VOCAB, PAGE = 12, 211, 8
@@ -165,3 +166,26 @@ def test_the_engine_names_its_drafter(harness: Harness, plain: Harness) -> None:
     assert plain.engine.drafter is None
     assert harness.engine.drafter is not None
     assert harness.engine.drafter.reads == (1, 2, 3)
+
+
+def test_a_draft_behind_a_long_context_takes_what_is_planned(denoiser_engine: Path, drafter_engine: Path) -> None:
+    """Attention's scores and masks, by far the most here; the session keeps them."""
+    context, page = 2**18, 2**10
+    pages = np.arange(context // page, dtype=np.int32)
+    long = EngineLimits(1, 64, page, len(pages), len(pages))
+    engine = OnnxRuntimeEngine(denoiser_engine, long, 1, drafter_engine)
+    assert engine._drafter is not None
+    row = DraftRow(0, context - CANVAS, SequencePages(pages, pages), 5)  # nothing was ever encoded there
+    engine._begin(row)
+    before = resident_bytes()
+    engine._drafter.draft([row], engine._where)
+    taken = resident_bytes() - before
+    planned = drafter_host_memory(engine._drafter.manifest, 0, engine.spec, long, context)
+    engine.close()
+    assert taken > 50e6
+    assert 0.9 * taken < planned < 1.5 * taken
+
+
+def resident_bytes() -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return 1024 * int(line.split()[1])
