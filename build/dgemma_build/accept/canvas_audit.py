@@ -24,6 +24,7 @@ from dgemma_runtime.contract import (
     ModelSpec,
     SequencePages,
 )
+from dgemma_runtime.drafting.hole import HoleCanvas
 from dgemma_runtime.drafting.proposal import Pins, Proposal
 from dgemma_runtime.engines.onnxruntime import OnnxRuntimeEngine
 from dgemma_runtime.noise import CanvasNoise
@@ -97,10 +98,15 @@ class Audit:
     """Of the services that were started while it was open."""
 
     def __init__(self) -> None:
-        self.faults: list[str] = []
+        self._faults: list[str] = []
         self.ended: dict[bytes, CanvasRecord] = {}  # by the noise that the canvas would have started from
         self._by_place: dict[tuple[int, int], CanvasRecord] = {}
         self._calls: list[dict[_Key, DenoiseResult]] = []
+
+    @property
+    def faults(self) -> list[str]:
+        """What broke the rule; an audit that saw no canvas end says nothing of the rule, which is a fault too."""
+        return self._faults if self.ended else [*self._faults, "the audit saw no canvas"]
 
     def of(self, seed: int, canvas_index: int, model: ModelSpec) -> CanvasRecord:
         """The canvas of a request with a seed."""
@@ -115,9 +121,9 @@ class Audit:
                 record = self.of(seed, commit.canvas_index, model)
                 assert record.committed is not None
                 if not np.array_equal(record.committed[: len(commit.token_ids)], commit.token_ids):
-                    self.faults.append(f"seed {seed}, canvas {commit.canvas_index}: emitted is not what was committed")
+                    self._faults.append(f"seed {seed}, canvas {commit.canvas_index}: emitted is not what was committed")
                 if len(record.argmax) != commit.steps:
-                    self.faults.append(f"seed {seed}, canvas {commit.canvas_index}: {commit.steps} steps reported")
+                    self._faults.append(f"seed {seed}, canvas {commit.canvas_index}: {commit.steps} steps reported")
 
     def called(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow], result: DenoiseResult) -> None:
         """A pass of the engine."""
@@ -128,31 +134,31 @@ class Audit:
             record = self._by_place.get((commit.slot, commit.position))
             ids = None if record is None else record.committed
             if ids is None or not np.array_equal(ids, commit.token_ids):
-                self.faults.append(f"slot {commit.slot}, position {commit.position}: another canvas went to the cache")
+                self._faults.append(f"slot {commit.slot}, position {commit.position}: another canvas went to the cache")
 
     def shown(self, record: CanvasRecord, row: DenoiseRow) -> None:
         """The denoiser is about to see a canvas; its pins must be in it."""
         if not np.array_equal(record.with_pins(row.canvas_ids), row.canvas_ids):
-            self.faults.append(f"slot and position {record.place}: the denoiser was shown something else than a pin")
+            self._faults.append(f"slot and position {record.place}: the denoiser was shown something else than a pin")
 
     def advanced(self, record: CanvasRecord, given: DenoiseResult) -> None:
         """A canvas takes a step's results; they must be the engine's."""
         results = [call[row] for row in record.rows for call in self._calls if row in call]
         if len(results) != len(record.rows):
-            self.faults.append(f"slot and position {record.place}: results of another pass")
+            self._faults.append(f"slot and position {record.place}: results of another pass")
             return
         arrays = (given.argmax_ids, given.sampled_ids, given.entropies)
         for place, one in enumerate(results):
             theirs = (one.argmax_ids, one.sampled_ids, one.entropies)
             share = slice(place, None, len(results))
             if not all(np.array_equal(a[share], b[share]) for a, b in zip(arrays, theirs, strict=True)):
-                self.faults.append(f"slot and position {record.place}: results that no pass gave")
+                self._faults.append(f"slot and position {record.place}: results that no pass gave")
 
     def end(self, record: CanvasRecord, initial: Int32Array, committed: Int32Array) -> None:
         """A canvas is done."""
         record.committed = committed.copy()
         if fault := record.fault():
-            self.faults.append(f"slot and position {record.place}: {fault}")
+            self._faults.append(f"slot and position {record.place}: {fault}")
         self.ended[initial.tobytes()] = record
         self._by_place[record.place] = record
 
@@ -199,12 +205,15 @@ def audited() -> Iterator[Audit]:
                 audit.end(self._record, self._initial, self.argmax_ids)
             return done
 
+    class WatchedHole(HoleCanvas, Watched):
+        """Every length that the search looks at is begun as a canvas of its own; the last one ends it."""
+
     class Watching(OnnxRuntimeEngine):
         def denoise(self, rows: Sequence[DenoiseRow], commits: Sequence[CommitRow] = ()) -> DenoiseResult:
             result = super().denoise(rows, commits)
             audit.called(rows, commits, result)
             return result
 
-    canvases = mock.patch("dgemma_runtime.requests.Canvas", Watched)
+    canvases = mock.patch.multiple("dgemma_runtime.requests", Canvas=Watched, HoleCanvas=WatchedHole)
     with canvases, mock.patch("dgemma_build.bench.inprocess.OnnxRuntimeEngine", Watching):
         yield audit
