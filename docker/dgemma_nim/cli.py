@@ -17,6 +17,7 @@ from typing import Any
 
 from dgemma_nim import configuration as settings
 from dgemma_nim.commands import Programs, build_command, front_end_command, server_command
+from dgemma_nim.drafters import find_drafter
 from dgemma_nim.engines import ensure_engine
 from dgemma_nim.log import Log
 from dgemma_nim.machine import this_machine
@@ -41,7 +42,8 @@ def serve(arguments: Sequence[str]) -> int:
         log.say(f"warning: {note}", "WARNING")
     if own.dry_run:
         return _dry_run(resolved, own.json)
-    find_source(resolved.configuration)  # what is wrong with it is said before anything starts
+    find_source(resolved.configuration)  # what is wrong with these is said before anything starts
+    find_drafter(resolved.configuration)
     with tempfile.TemporaryDirectory(prefix="dgemma-nim-") as folder:
         result = Path(folder) / "prepared.json"
         prepare = [sys.executable, "-m", "dgemma_nim.prepare", str(result), *rest]

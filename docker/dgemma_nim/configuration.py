@@ -67,11 +67,6 @@ class Configuration:
     def __post_init__(self) -> None:
         self._check_ports()
         self._check_tls()
-        if self.draft_model is not None and not Path(self.draft_model).is_dir():
-            raise ConfigurationError(
-                f"draft_model is {self.draft_model!r}, which is not a directory; mount it or correct "
-                "NIM_DRAFT_MODEL_PATH"
-            )
 
     def _check_ports(self) -> None:
         names = ("server_port", "health_port", "triton_grpc_port", "triton_metrics_port", "triton_http_port")

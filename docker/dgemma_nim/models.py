@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_nim.configuration import Configuration
-from dgemma_runtime.contract import MANIFEST_FILE, Manifest
+from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
 from dgemma_runtime.errors import ConfigurationError
 
 _HF = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+?)(?:[:@](?P<revision>[\w./-]+))?")
@@ -41,6 +41,22 @@ class Checkpoint:
         facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
         content = (self.directory / "config.json").read_bytes()
         return hashlib.sha256(json.dumps(facts).encode() + content).hexdigest()[:12]
+
+    def sha256(self) -> str:
+        """The checkpoint_sha256 of its engines, as the exporter computes it; reads every weight.
+
+        Raises ConfigurationError.
+        """
+        index, names = _object(self.directory / "model.safetensors.index.json"), {"model.safetensors"}
+        if index is not None:
+            weight_map = index.get("weight_map")
+            names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+        digest = hashlib.sha256()
+        for path in (self.directory / MANIFEST_FILE, *sorted(self.directory / name for name in names)):
+            if not path.is_file():
+                raise ConfigurationError(f"{path}: not found; complete the checkpoint")
+            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -121,7 +137,11 @@ def _in_cache(cache: Path) -> Source:
 
 
 def _config(directory: Path) -> dict[str, Any] | None:
-    path = directory / MANIFEST_FILE
+    return _object(directory / MANIFEST_FILE)
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """Of a JSON file; None where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dgemma_nim.commands import Programs
 from dgemma_nim.configuration import Configuration, Resolved, resolve
+from dgemma_nim.drafters import find_drafter
 from dgemma_nim.engines import ensure_engine
 from dgemma_nim.log import Log
 from dgemma_nim.machine import Machine, this_machine
@@ -21,6 +22,7 @@ from dgemma_nim.models import Checkpoint, Engine, Repository, Source, engine_dir
 from dgemma_nim.planning import needs
 from dgemma_nim.profiles import Compatibility, Profile, all_profiles, choose, compatibilities
 from dgemma_nim.variables import child_environment
+from dgemma_runtime.contract import MANIFEST_FILE, Manifest
 from dgemma_runtime.errors import ConfigurationError, DGemmaError
 
 
@@ -38,7 +40,10 @@ def prepare(resolved: Resolved, environment: Mapping[str, str], programs: Progra
     configuration = resolved.configuration
     cache = Path(configuration.cache_path)
     source: Source = find_source(configuration)
+    drafter = find_drafter(configuration)
     if isinstance(source, Engine):
+        if drafter is not None:
+            drafter.check_engine(source.manifest)
         return _engine(source, configuration)
     if isinstance(source, Repository):
         log.say(f"model: hf://{source.name}, kept in {cache}")
@@ -46,6 +51,10 @@ def prepare(resolved: Resolved, environment: Mapping[str, str], programs: Progra
     profile = choose_profile(configuration, source, this_machine(), programs)
     log.say(f"profile: {profile.tag} ({profile.id})")
     output = engine_directory(cache, source, profile.tag)
+    if drafter is not None and (output / MANIFEST_FILE).is_file():
+        drafter.check_engine(Manifest.load(output, verify_hashes=False))
+    elif drafter is not None:
+        drafter.check_profile(source, profile, log)
     engine = ensure_engine(source, profile, output, programs.build, child_environment(environment), log)
     return Prepared(engine, profile.tag, min(configuration.max_model_len or profile.context, profile.context))
 

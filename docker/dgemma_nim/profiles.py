@@ -59,6 +59,11 @@ class Profile:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
+    def kv_dtype(self) -> str:
+        """Of its engine's keys and values: the exporter's own choice, as `flags` leave it."""
+        return "fp32" if self.backend == "onnxruntime" or self.precision == "fp32" else "bf16"
+
+    @property
     def flags(self) -> tuple[str, ...]:
         """Of `dgemma-build engine`."""
         return (

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.nim.conftest import DEMO as DEMO_DIRECTORY
 
 from dgemma_nim import cli
 from dgemma_nim.profiles import Profile
+
+DEMO = str(DEMO_DIRECTORY)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +88,10 @@ def test_a_store_is_an_engine_that_can_be_served(demo: Path, tmp_path: Path, cap
     assert found["commands"]["build"] == []
 
 
-def test_a_model_on_disk_needs_no_download(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_on_disk_needs_no_download(
+    demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIM_DRAFT_MODEL_PATH", "/nowhere")  # which this command does not use
     assert cli.run("download-to-cache", ["--all", "--model", str(demo)]) == 0
     assert "nothing to fetch" in capsys.readouterr().err
 
@@ -96,6 +102,8 @@ def test_a_model_on_disk_needs_no_download(demo: Path, capsys: pytest.CaptureFix
         ("nim-serve", ["--dry-run"], ["NIM_MODEL_PATH"]),
         ("nim-serve", [], ["NIM_MODEL_PATH"]),
         ("nim-serve", ["--model", "/nowhere"], ["/nowhere", "mount"]),
+        ("nim-serve", ["--model", DEMO, "--draft-model", "/nowhere"], ["NIM_DRAFT_MODEL_PATH is '/nowhere'", "mount"]),
+        ("nim-serve", ["--model", DEMO, "--draft-model", DEMO], ["demo/config.json", "dgemma-build engine --drafter"]),
         ("nim-serve", ["--prot", "1"], ["--prot", "no such option"]),
         ("create-model-store", [], ["--model-store"]),
         ("create-model-store", ["--model-store", "/proc"], ["/proc", "mount"]),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 
 from dgemma_build.backends import PRECISIONS as BUILDABLE
+from dgemma_build.backends import backend_for
 from dgemma_build.plan.cards import CARDS
 from dgemma_nim.machine import InstalledGpu, Machine, parse_gpu
 from dgemma_nim.profiles import CPU, GPUS, PRECISIONS, Need, Profile, all_profiles, choose, compatibilities
@@ -31,6 +35,13 @@ def test_they_are_what_the_exporter_builds_for_cards_that_a_plan_knows() -> None
     for backend, precisions in PRECISIONS.items():
         assert set(precisions) == set(BUILDABLE[backend])
     assert {gpu.card for gpu in GPUS.values()} <= set(CARDS)
+
+
+@pytest.mark.parametrize("profile", all_profiles(262144), ids=lambda profile: profile.tag)
+def test_keys_and_values_are_as_the_exporter_builds_them(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert backend_for(profile.backend, profile.precision).kv_dtype == profile.kv_dtype
 
 
 def test_an_id_depends_on_what_a_profile_is_and_on_nothing_else() -> None:
