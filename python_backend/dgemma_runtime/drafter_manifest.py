@@ -11,7 +11,12 @@ from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
 from dgemma_runtime.errors import ConfigurationError, ManifestError
 
 DRAFTER_FORMAT_VERSION = 1
-DRAFTING_BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")  # engines that take a drafter
+_NEEDED = {  # by backend that takes a drafter: the files that it loads
+    "onnxruntime": ("model.onnx", "model.onnx.data"),
+    "tensorrt": ("rank0.engine",),
+    "tensorrt_rtx": ("rank0.engine",),
+}
+DRAFTING_BACKENDS = tuple(_NEEDED)
 _REBUILD = "build it again with `dgemma-build engine --drafter`"
 
 
@@ -79,13 +84,15 @@ def _checked(raw: dict[str, Any]) -> dict[str, Any]:
         value = values.get(item.name)
         if item.type == "tuple[int, ...]":
             good = isinstance(value, list) and value and all(type(entry) is int and entry >= 0 for entry in value)
+            good = good and value == sorted({*(value or ())})
             values[item.name] = tuple(value or ()) if good else value
         elif item.type == "dict[str, str]":
             good = isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
         else:
             good = type(value) is {"str": str, "int": int}[str(item.type)]
         if not good:
-            raise TypeError(f"{item.name} is {value!r}, expected {item.type}")
+            order = ", in ascending order" if item.name == "reads" else ""
+            raise TypeError(f"{item.name} is {value!r}, expected {item.type}{order}")
     return values
 
 
@@ -106,9 +113,17 @@ def _check_files(directory: Path, files: dict[str, str], verify_hashes: bool) ->
 
 
 def check_drafter(directory: Path, drafter: DrafterManifest, denoiser: Manifest) -> None:
-    """Raises ConfigurationError for a drafter that was not made for this engine's denoiser."""
+    """Raises ConfigurationError for a drafter that was not made for this engine's denoiser, ManifestError for one whose
+    manifest does not vouch for the files that are loaded.
+    """
+    if denoiser.backend not in DRAFTING_BACKENDS:
+        raise ConfigurationError(
+            f"draft_model is {str(directory)!r}, and {denoiser.backend} engines take no drafter; leave it out, or take "
+            f"an engine of {' or '.join(DRAFTING_BACKENDS)}"
+        )
     spec, train = denoiser.model, "give --draft-model a drafter of this denoiser, or leave it out"
-    for name, theirs in (("vocab_size", spec.vocab_size), ("canvas_length", spec.canvas_length)):
+    expected = {"vocab_size": spec.vocab_size, "canvas_length": spec.canvas_length}
+    for name, theirs in (expected | {"denoiser_hidden_size": spec.hidden_size}).items():
         if (ours := getattr(drafter, name)) != theirs:
             raise ConfigurationError(f"{directory}: the drafter's {name} is {ours}, the denoiser's {theirs}; {train}")
     if drafter.denoiser_sha256 != denoiser.checkpoint_sha256:
@@ -131,3 +146,6 @@ def check_drafter(directory: Path, drafter: DrafterManifest, denoiser: Manifest)
             f"{directory}: the drafter reads keys and values of kv_dtype {drafter.kv_dtype}, the engine's are "
             f"{denoiser.kv_dtype}; {_REBUILD} --kv-precision {denoiser.kv_dtype}"
         )
+    for name in _NEEDED[drafter.backend]:
+        if name not in drafter.files:
+            raise ManifestError(f"{directory / MANIFEST_FILE}: files does not list {name}; {_REBUILD}")

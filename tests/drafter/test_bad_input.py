@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dgemma_runtime.engines.factory import open_engine
 from dgemma_runtime.engines.scripted_directory import ScriptFile, write_scripted
 from dgemma_runtime.errors import CheckpointError, ConfigurationError, ManifestError
 from dgemma_runtime.host_memory import AvailableMemory
-from dgemma_runtime.memory_plan import plan_host_memory
+from dgemma_runtime.memory_plan import check_memory, plan_host_memory
 from dgemma_runtime.settings import RuntimeSettings
 
 Change = Callable[[dict[str, Any]], object]
@@ -194,6 +195,7 @@ def settings(draft_model: Path) -> RuntimeSettings:
         ),
         (setter(vocab_size=999), "the drafter's vocab_size is 999, the denoiser's 211; give --draft-model"),
         (setter(canvas_length=64), "the drafter's canvas_length is 64, the denoiser's 12"),
+        (setter(denoiser_hidden_size=64), "the drafter's denoiser_hidden_size is 64, the denoiser's 56; give --draft"),
         (setter(reads=[1, 7]), "reads layer 7, the denoiser has 4"),
         (setter(backend="tensorrt"), "was built for tensorrt, the engine for onnxruntime"),
     ],
@@ -212,6 +214,13 @@ def test_a_drafter_of_another_denoiser_is_refused(
         (setter(drafter_format_version=9), "drafter_format_version is 9, this runtime reads 1"),
         (setter(hidden_size="20"), "hidden_size is '20', expected int"),
         (setter(reads=[1, "2"]), r"reads is \[1, '2'\]"),
+        (setter(reads=[3, 2, 1]), r"reads is \[3, 2, 1\], expected tuple\[int, ...\], in ascending order"),
+        (setter(reads=[1, 1, 2]), r"reads is \[1, 1, 2\]"),
+        (setter(files={}), r"config.json: files does not list model.onnx; build it again"),
+        (lambda document: document["files"].pop("model.onnx.data"), "files does not list model.onnx.data"),
+        (setter(target="sm_90"), "target is 'sm_90', this engine runs cpu"),
+        (setter(precision="bf16"), "precision is 'bf16', this engine runs fp32; build"),
+        (setter(backend_version="99.0"), r"built with onnxruntime 99.0, installed is \S+, older; run `pip install"),
         (setter(more=1), "unexpected keyword argument 'more'"),
         (lambda document: document.pop("onnx_sha256"), "onnx_sha256 is None, expected str"),
         (lambda document: document["files"].update({"../other": "0"}), "'../other' lies outside of the drafter's"),
@@ -248,6 +257,13 @@ def test_an_engine_that_takes_no_drafter_says_so(drafter_engine: Path, tmp_path:
     write_scripted(tmp_path, ScriptFile(default_answer=[1]), 100)
     with pytest.raises(ConfigurationError, match="scripted engines take no drafter; leave it out"):
         open_engine(tmp_path, settings(drafter_engine))
+
+
+@pytest.mark.parametrize("backend", ["scripted", "tensorrt_llm"])
+def test_that_is_said_before_an_engine_is_opened(denoiser_engine: Path, drafter_engine: Path, backend: str) -> None:
+    manifest = replace(Manifest.load(denoiser_engine), backend=backend)
+    with pytest.raises(ConfigurationError, match=f"{backend} engines take no drafter; leave it out, or take an engine"):
+        check_memory(denoiser_engine, manifest, settings(drafter_engine))
 
 
 @pytest.mark.parametrize("value", ["", 3])

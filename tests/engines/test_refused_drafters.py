@@ -63,6 +63,7 @@ def write_drafter(directory: Path, denoiser: Manifest, changed: dict[str, Any]) 
         ({"backend": "onnxruntime"}, ConfigurationError, ("the drafter was built for onnxruntime, the engine for",)),
         ({"kv_dtype": "fp8"}, ConfigurationError, ("kv_dtype fp8, the engine's are bf16", "--kv-precision bf16")),
         ({"scratch_bytes": 2**60}, ConfigurationError, ("does not fit: it needs", "drafter")),
+        ({"files": {}}, ManifestError, ("files does not list rank0.engine; build it again",)),
         ({"denoiser_sha256": "1" * 64}, ConfigurationError, ("the drafter belongs to 'a denoiser'",)),
     ],
 )

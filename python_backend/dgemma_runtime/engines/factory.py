@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dgemma_runtime.contract import Engine, EngineLimits, Manifest
-from dgemma_runtime.drafter_manifest import DRAFTING_BACKENDS, DrafterManifest, check_drafter
-from dgemma_runtime.errors import ConfigurationError, ManifestError
+from dgemma_runtime.drafter_manifest import DrafterManifest, check_drafter
+from dgemma_runtime.errors import ManifestError
 from dgemma_runtime.host_memory import AvailableMemory
 from dgemma_runtime.memory_plan import MemoryPlan, plan_device_memory, plan_host_memory
 from dgemma_runtime.settings import RuntimeSettings
@@ -25,11 +25,6 @@ def open_engine(directory: Path, settings: RuntimeSettings) -> Engine:
     or the memory there is.
     """
     manifest = Manifest.load(directory, verify_hashes=False)  # the engine verifies them when it loads its files
-    if settings.draft_model is not None and manifest.backend not in DRAFTING_BACKENDS:
-        raise ConfigurationError(
-            f"draft_model is {settings.draft_model!r}, and {manifest.backend} engines take no drafter; leave it out, "
-            f"or take an engine of {' or '.join(DRAFTING_BACKENDS)}"
-        )
     if manifest.backend not in _OPENERS:
         raise ManifestError(
             f"{directory}: the manifest asks for the backend {manifest.backend!r}, this runtime has "

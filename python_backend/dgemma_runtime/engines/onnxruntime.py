@@ -46,18 +46,19 @@ from dgemma_runtime.engines.ort_rows import (
 from dgemma_runtime.errors import EngineError, EngineMemoryError, ManifestError
 
 MODEL_FILE = "model.onnx"
-_PRECISIONS = ("fp32", "int8", "int4")
+_PRECISIONS, _DRAFTER_PRECISIONS = ("fp32", "int8", "int4"), ("fp32",)
 _REBUILD = "build the engine again with `dgemma-build engine`"
 _NO_MEMORY = re.compile(r"bad_alloc|bad allocation|[Ff]ailed to allocate memory|out of memory", re.IGNORECASE)
 
 Made = TypeVar("Made")
 
 
-def check_manifest(directory: Path, manifest: Manifest) -> None:
+def check_manifest(directory: Path, manifest: Manifest | DrafterManifest) -> None:
     """Raises ManifestError for what this engine does not run."""
+    precisions = _PRECISIONS if isinstance(manifest, Manifest) else _DRAFTER_PRECISIONS
     found = {"backend": manifest.backend, "target": manifest.target}
     found |= {"precision": manifest.precision, "kv_dtype": manifest.kv_dtype}
-    for (field, value), known in zip(found.items(), (("onnxruntime",), ("cpu",), _PRECISIONS, ("fp32",)), strict=True):
+    for (field, value), known in zip(found.items(), (("onnxruntime",), ("cpu",), precisions, ("fp32",)), strict=True):
         if value not in known:
             raise ManifestError(
                 f"{directory}: the manifest's {field} is {value!r}, this engine runs {', '.join(known)}; {_REBUILD}"
@@ -107,6 +108,7 @@ class OnnxRuntimeEngine:
     def _open_drafter(self, directory: Path, threads: int) -> OrtDrafter:
         manifest = DrafterManifest.load(directory)
         check_drafter(directory, manifest, self.manifest)
+        check_manifest(directory, manifest)
         options = self._options(threads)
         # Its threads would still spin, waiting for work, while the denoiser's need the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

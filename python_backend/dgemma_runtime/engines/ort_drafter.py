@@ -1,8 +1,7 @@
 """The onnxruntime engine's drafter: its arrays over the denoiser's rows, and its calls. Knows no library.
 
 Its graph reads the caches of the rows that canvases run in, and writes its own keys and values behind their contexts,
-where the next denoising step writes before it reads. So a call may cover rows that asked for nothing: rows that stand
-side by side are one call.
+where the next denoising step writes before it reads. Rows that are asked for and stand side by side are one call.
 """
 
 from __future__ import annotations
