@@ -168,10 +168,10 @@ async def test_without_a_suffix_the_text_goes_on() -> None:
 
 
 async def test_a_suffix_alone_is_what_a_file_ends_with() -> None:
-    turns = in_turns([delta("<bos>\n", [2, 5]), final()], [delta("x = 1"), final()])
+    turns = in_turns([delta("", [2, 5]), final()], [delta("x = 1"), final()])
     async with front(turns) as api:
         answer = await api.post(FIM, MIDDLE | {"prompt": ""})
-        assert (api.asked()["text_input"], api.asked()["suffix"]) == ("<bos>", MIDDLE["suffix"])
+        assert (api.asked()["input_ids"], api.asked()["suffix"]) == (2, MIDDLE["suffix"])
     assert answer.json()["choices"][0]["text"] == "x = 1"
 
 

@@ -58,10 +58,10 @@ async def fim_completions(body: FimRequest, request: Request, gateway: OpenGatew
     return await unless_left(request, _fim(job, gateway))
 
 
-async def _start(gateway: Gateway) -> str:
-    """The tokens that every prompt begins with, as text."""
+async def _start(gateway: Gateway) -> list[int]:
+    """The tokens that every prompt begins with."""
     try:
-        return (await gateway.backend.tokenize(Ask(new_id("cmpl"), {}, text="\n"))).text.removesuffix("\n")
+        return list((await gateway.backend.tokenize(Ask(new_id("cmpl"), {}, text="\n"))).ids[:-1])
     except ClientError as error:
         raise from_client(error, NAMES) from None
 

@@ -33,10 +33,12 @@ TEMPLATE = """{{ bos_token }}{% for tool in tools or [] %}[{{ tool.function.name
 CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:2}<tool_call|>'
 TWO_CALLS = CALL + '<|tool_call>call:get_time{zone:<|"|>CET<|"|>}<tool_call|>'
 THOUGHT = "<|channel>thought\nThe user is polite.<channel|>"
+EDITED = "```python\n<|code_to_edit|>\n    x = 2<|cursor|>\n<|/code_to_edit|>\n```"
 LONG = "One canvas is not enough for this sentence, which goes on, and on, until it stops here."
 ANSWERS = {
     "user: hello": "Hello there!",
     "user: long": LONG,
+    "user: <|code_to_edit|>\nx = 1<|cursor|>\n<|/code_to_edit|>": EDITED,
     "user: repeat": "forever and ever ",  # without an end
     "[get_weather]user: hello": "No tool is needed for that.",
     "[get_weather]user: weather": CALL,

@@ -73,11 +73,27 @@ def test_an_editor_s_fill_in_the_middle(demo: Service, stream: bool) -> None:
     assert found == ["city"] * 2
 
 
-def test_an_editor_s_edit(demo: Service) -> None:
-    content = "<|code_to_edit|>\nx = 1<|cursor|>\n<|/code_to_edit|>"
-    body = {"model": demo.model, "messages": [{"role": "user", "content": content}], "seed": 1, "max_tokens": 64}
-    answer = httpx.post(f"{demo.v1}/edit/completions", json=body).json()
+def test_a_cursor_where_the_file_begins(demo: Service) -> None:
+    body = {"model": demo.model, "prompt": "", "suffix": '": "Lima"}', "seed": 1, "max_tokens": 20}
+    answer = httpx.post(f"{demo.v1}/fim/completions", json=body).json()
+    assert answer["usage"]["prompt_tokens"] == 1
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+EDIT = [{"role": "user", "content": "<|code_to_edit|>\nx = 1<|cursor|>\n<|/code_to_edit|>"}]
+
+
+def test_an_editor_s_edit_is_the_code_alone(service: Service) -> None:
+    answer = httpx.post(f"{service.v1}/edit/completions", json={"model": service.model, "messages": EDIT}).json()
     assert answer["object"] == "edit.completion"
-    assert isinstance(answer["choices"][0]["message"]["content"], str)
+    (choice,) = answer["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("    x = 2", "stop")
+
+
+def test_an_editor_s_code_is_a_draft(demo: Service) -> None:
+    """The demo's skills are no edits; it pads its canvas."""
+    body = {"model": demo.model, "messages": EDIT, "seed": 1, "max_tokens": 64}
+    answer = httpx.post(f"{demo.v1}/edit/completions", json=body).json()
+    assert not any(mark in answer["choices"][0]["message"]["content"] for mark in ("```", "<|"))
     details = answer["usage"]["completion_tokens_details"]
     assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] > 0
