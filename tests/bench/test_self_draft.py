@@ -35,6 +35,13 @@ def test_it_breaks_even_where_its_steps_cost_what_they_save() -> None:
     assert made(breaks_even).cost_steps == pytest.approx(6)
 
 
+def test_the_count_of_prompts_may_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [self_draft.options(words).count for words in ([], ["--quick"], ["--count", "12"])] == [40, 5, 12]
+    with pytest.raises(SystemExit):
+        self_draft.options(["--count", "0"])
+    assert "--count 0: must be at least 1" in capsys.readouterr().err
+
+
 def test_tables_show_each_engine_and_each_drafter() -> None:
     runs = [(0.02, answers((5,), ids=1)), (0.04, answers((5,), ids=1))]
     full = [(0.04, answers((5,))), (0.05, answers((5,)))]

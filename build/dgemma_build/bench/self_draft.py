@@ -248,20 +248,31 @@ def tables(costs: Sequence[Cost], gains: Sequence[Gain], environment: Environmen
     return first, second
 
 
-def main() -> None:
-    """Tables on stderr, the JSON line on stdout and, but for a quick run, as a file."""
+def options(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Of the command line; `count` is what it comes to."""
     parser = argparse.ArgumentParser(prog="python -m dgemma_build.bench.self_draft", description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="the demo alone, fewer tasks; writes nothing without --output"
     )
     parser.add_argument("--output", type=Path, help=f"directory for {RESULT}; the repository's benchmarks/")
-    arguments = parser.parse_args()
+    parser.add_argument("--count", type=int, help="of prompts of every skill; 40, quick 5")
+    arguments = parser.parse_args(words)
+    if arguments.count is None:
+        arguments.count = 5 if arguments.quick else 40
+    if arguments.count < 1:
+        parser.error(f"--count {arguments.count}: must be at least 1")
+    return arguments
+
+
+def main() -> None:
+    """Tables on stderr, the JSON line on stdout and, but for a quick run, as a file."""
+    arguments = options()
     console = Console(stderr=True, width=140)
     environment = Environment.here(THREADS)
     with console.status("starting") as status:
         demo = engines(DEMO)
         costs = measure_costs("demo", demo, (1, 8), 3 if arguments.quick else 7, status.update)
-        gains = measure_gains(demo, costs, 5 if arguments.quick else 40, status.update)
+        gains = measure_gains(demo, costs, arguments.count, status.update)
         if not arguments.quick:
             costs += measure_costs("mid-size", engines(MID), (1, 8), 3, status.update)
     for table in tables(costs, gains, environment):
