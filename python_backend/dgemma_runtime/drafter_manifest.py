@@ -73,7 +73,7 @@ class DrafterManifest:
             manifest = DrafterManifest(**_checked(raw))
         except (TypeError, ValueError) as error:
             raise ManifestError(f"{path}: not a drafter's manifest ({error}); {_REBUILD}") from None
-        _check_files(directory, manifest.files, verify_hashes)
+        _check_files(directory, manifest, verify_hashes)
         return manifest
 
 
@@ -96,9 +96,11 @@ def _checked(raw: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_files(directory: Path, files: dict[str, str], verify_hashes: bool) -> None:
-    root = directory.resolve()
-    for name, expected in files.items():
+def _check_files(directory: Path, manifest: DrafterManifest, verify_hashes: bool) -> None:
+    root, needed = directory.resolve(), _NEEDED.get(manifest.backend, ())
+    if missing := [name for name in needed if verify_hashes and name not in manifest.files]:
+        raise ManifestError(f"{directory / MANIFEST_FILE}: files does not list {' and '.join(missing)}; {_REBUILD}")
+    for name, expected in manifest.files.items():
         file = (directory / name).resolve()
         if not file.is_relative_to(root):
             raise ManifestError(
@@ -113,9 +115,7 @@ def _check_files(directory: Path, files: dict[str, str], verify_hashes: bool) ->
 
 
 def check_drafter(directory: Path, drafter: DrafterManifest, denoiser: Manifest) -> None:
-    """Raises ConfigurationError for a drafter that was not made for this engine's denoiser, ManifestError for one whose
-    manifest does not vouch for the files that are loaded.
-    """
+    """Raises ConfigurationError for a drafter that was not made for this engine's denoiser."""
     if denoiser.backend not in DRAFTING_BACKENDS:
         raise ConfigurationError(
             f"draft_model is {str(directory)!r}, and {denoiser.backend} engines take no drafter; leave it out, or take "
@@ -146,6 +146,3 @@ def check_drafter(directory: Path, drafter: DrafterManifest, denoiser: Manifest)
             f"{directory}: the drafter reads keys and values of kv_dtype {drafter.kv_dtype}, the engine's are "
             f"{denoiser.kv_dtype}; {_REBUILD} --kv-precision {denoiser.kv_dtype}"
         )
-    for name in _NEEDED[drafter.backend]:
-        if name not in drafter.files:
-            raise ManifestError(f"{directory / MANIFEST_FILE}: files does not list {name}; {_REBUILD}")

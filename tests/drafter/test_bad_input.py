@@ -216,7 +216,7 @@ def test_a_drafter_of_another_denoiser_is_refused(
         (setter(reads=[1, "2"]), r"reads is \[1, '2'\]"),
         (setter(reads=[3, 2, 1]), r"reads is \[3, 2, 1\], expected tuple\[int, ...\], in ascending order"),
         (setter(reads=[1, 1, 2]), r"reads is \[1, 1, 2\]"),
-        (setter(files={}), r"config.json: files does not list model.onnx; build it again"),
+        (setter(files={}), r"config.json: files does not list model.onnx and model.onnx.data; build it again"),
         (lambda document: document["files"].pop("model.onnx.data"), "files does not list model.onnx.data"),
         (setter(target="sm_90"), "target is 'sm_90', this engine runs cpu"),
         (setter(precision="bf16"), "precision is 'bf16', this engine runs fp32; build"),
