@@ -7,6 +7,8 @@ from difflib import SequenceMatcher
 
 import pytest
 
+from dgemma_build.demo.records import JOBS, Example, markdown_table
+from dgemma_build.demo.revisions import again_fix
 from dgemma_build.demo.skills import TASKS, is_held_out
 from dgemma_build.demo.turns import draw_chat, held_out_chats
 
@@ -29,6 +31,12 @@ def test_the_second_answer_is_the_first_with_little_changed(skill: str) -> None:
     chats = held_out_chats(skill, 20)
     likeness = [SequenceMatcher(a=a.answer, b=b.answer, autojunk=False).ratio() for a, b in chats]
     assert sorted(likeness)[len(likeness) // 4] > 0.8
+
+
+def test_a_table_with_every_word_of_its_field_cannot_be_fixed() -> None:
+    table = markdown_table(["job"], [[job] for job in JOBS])
+    first = Example("fix", f"Change baker to cook:\n{table}", table)
+    assert again_fix(first, random.Random(0)) is first, "no word is left, and draw_chat draws again"
 
 
 def test_held_out_chats_are_always_the_same() -> None:

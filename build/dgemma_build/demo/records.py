@@ -55,8 +55,15 @@ FIELDS: dict[str, Callable[[random.Random], str]] = {
     "done": _word(["true", "false"]),
 }
 
-# Those whose values are words, each from a list long enough that a value can stand in one place of a document.
-WORD_FIELDS = frozenset("name friend owner city from to color item fruit job".split())
+# Fields whose values are words, with these words.
+WORD_FIELDS: dict[str, list[str]] = {
+    **dict.fromkeys(("name", "friend", "owner"), NAMES),
+    **dict.fromkeys(("city", "from", "to"), CITIES),
+    "color": COLORS,
+    "item": ITEMS,
+    "fruit": FRUITS,
+    "job": JOBS,
+}
 
 
 def json_value(text: str) -> str | int | bool:

@@ -60,7 +60,7 @@ def _cells(document: str) -> tuple[list[str], list[list[str]]]:
 
 
 def _fix_example(document: str, rng: random.Random) -> Example | None:
-    """None if no word stands in one cell alone."""
+    """None if no word stands in one cell alone, or the field has no word that is new here."""
     header, rows = _cells(document)
     columns = [place for place, key in enumerate(header) if key in WORD_FIELDS]
     words = [row[place] for row in rows for place in range(len(header))] + header
@@ -68,9 +68,10 @@ def _fix_example(document: str, rng: random.Random) -> Example | None:
     if not cells:
         return None
     row, place = rng.choice(cells)
-    old = new = rows[row][place]
-    while new in words:
-        new = FIELDS[header[place]](rng)
+    others = [word for word in WORD_FIELDS[header[place]] if word not in words]
+    if not others:
+        return None
+    old, new = rows[row][place], rng.choice(others)
     prompt = _fix_prompt(old, new, document)
     rows[row][place] = new
     return Example("fix", prompt, markdown_table(header, rows))
