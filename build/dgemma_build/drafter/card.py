@@ -53,7 +53,7 @@ What the network alone proposes for {held_out} canvases that it never saw, besid
 ```
 python -m dgemma_build.drafter.data --engine ENGINE --count 24000 --output all.jsonl
 head -n {prompts} all.jsonl > train.jsonl
-python -m dgemma_build.drafter.data --engine ENGINE --held-out --count 40 --seed 900000 --output held.jsonl
+python -m dgemma_build.drafter.data --engine ENGINE --held-out --count 40 --output held.jsonl
 python -m dgemma_build.drafter.train --checkpoint build/checkpoints/demo --data train.jsonl --held-out held.jsonl \\
     --steps {steps} --seed {seed} --output DIR
 dgemma-build engine --drafter DIR --checkpoint build/checkpoints/demo --output DRAFTER
