@@ -333,6 +333,7 @@ ROWS: tuple[Row, ...] = (
         "drafts by prompt lookup, revision and copying tasks",
         f"at most {LOOKUP_STEPS:.0%} of the steps a canvas, at most {POINTS:g} point under",
         _lookup,
+        quick=False,
     ),
     Row(
         "drafts by the trained drafter, demo skills",
