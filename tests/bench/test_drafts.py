@@ -116,13 +116,15 @@ def test_a_drafter_that_fails_ends_the_clock(
 
 def test_revisions_are_the_same_every_time_and_their_answers_are_right() -> None:
     found = revisions(7)
-    assert list(found) == ["rename", "fix", "json, changed", "table, changed"]
+    turns = ["json, changed", "table, changed", "json, again", "table, again"]
+    assert list(found) == ["rename", "fix", *turns]
     for kind, tasks in revisions(5).items():
         assert [task.messages for task in found[kind][:5]] == [task.messages for task in tasks]
         assert all(task.check(task.answer) and is_held_out(task.messages[-1][1]) for task in tasks)
         told = [content for task in tasks for role, content in task.messages if role == "assistant"]
-        assert len(told) == (5 if "changed" in kind else 0)
-        assert not any(task.check(answer) for task, answer in zip(tasks, told, strict=False)), "the value must change"
+        assert len(told) == (5 if kind in turns else 0)
+        same = [task.check(answer) for task, answer in zip(tasks, told, strict=False)]
+        assert same == ["again" in kind] * len(told)
 
 
 def test_a_sudoku_template_has_a_hole_for_each_blank() -> None:

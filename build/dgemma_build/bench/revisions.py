@@ -1,4 +1,4 @@
-"""Tasks for measuring drafts: the demo's held-out skills, and those that ask for a text again with one change.
+"""Tasks for measuring drafts: the demo's held-out skills, and those that ask for a text again, changed or as it was.
 
 Knows no service. A task is a chat and a checker of its answer.
 """
@@ -13,7 +13,7 @@ from dgemma_build.demo.records import Example
 from dgemma_build.demo.skills import REVISIONS, TASKS, held_out_set
 from dgemma_build.demo.turns import held_out_chats
 
-SECOND_TURNS = ("json", "table")  # skills whose answers are asked for again with one value changed
+SECOND_TURNS = ("json", "table")  # skills whose answers are asked for again
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,18 @@ def skill_tasks(skill: str, count: int) -> list[Task]:
     return [_task(example) for example in held_out_set(skill, count)]
 
 
-def second_turns(skill: str, count: int) -> list[Task]:
+def changed(skill: str, count: int) -> list[Task]:
     """A record or table was converted; the same with one value changed is to be."""
     return [_task(second, (first,)) for first, second in held_out_chats(skill, count)]
 
 
+def again(skill: str, count: int) -> list[Task]:
+    """A record or table was converted; the same is asked again, as it is where a client tries again."""
+    return [_task(example, (example,)) for example in held_out_set(skill, count)]
+
+
 def revisions(count: int) -> dict[str, list[Task]]:
-    """`count` tasks of every kind whose answers repeat most of what stands in the chat."""
-    again = {f"{skill}, changed": second_turns(skill, count) for skill in SECOND_TURNS}
-    return {skill: skill_tasks(skill, count) for skill in REVISIONS} | again
+    """`count` tasks of every kind whose answers repeat most or all of what stands in the chat."""
+    kinds = {skill: skill_tasks(skill, count) for skill in REVISIONS}
+    kinds |= {f"{skill}, changed": changed(skill, count) for skill in SECOND_TURNS}
+    return kinds | {f"{skill}, again": again(skill, count) for skill in SECOND_TURNS}
