@@ -253,7 +253,9 @@ def plot(points: Points, environment: Environment, path: Path) -> None:
                 heights = [value(point) for point in mine]
                 places = [kinds.index(point.kind) + index * width for point in mine]
                 axis.bar(places, heights, width, label=drafter, color=colours[drafter])
-            axis.set_xticks([place + 0.4 - width / 2 for place in range(len(kinds))], kinds, fontsize=6)
+            axis.set_xticks(
+                [place + 0.4 - width / 2 for place in range(len(kinds))], kinds, fontsize=6, rotation=25, ha="right"
+            )
             axis.set_title(title, fontsize=9)
             axis.tick_params(axis="y", labelsize=7)
             axis.legend(fontsize=7)
