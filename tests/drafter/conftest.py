@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,47 @@ from dgemma_build.drafter.export import DrafterRequest, build_drafter
 from dgemma_build.drafter.network import Drafter
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_build.random_checkpoint import write_checkpoint
+from dgemma_runtime.contract import (
+    CommitRow,
+    DenoiseResult,
+    DenoiseRow,
+    DraftRow,
+    EncodeRow,
+    Engine,
+    SequencePages,
+)
+
+CANVAS, VOCAB, PAGE = 12, 211, 8  # of the odd denoiser; tokens of a page
+
+
+class Slots:
+    """An engine whose slots have pages of their own, and contexts of these lengths in them."""
+
+    def __init__(self, engine: Engine, lengths: Sequence[int]) -> None:
+        self.engine = engine
+        random = np.random.default_rng(3)
+        self.texts = [random.integers(VOCAB, size=length).astype(np.int32) for length in lengths]
+        self.uniforms = random.random((len(lengths), CANVAS), dtype=np.float32)
+        self.noise = random.integers(VOCAB, size=(len(lengths), CANVAS)).astype(np.int32)
+        order = random.permutation(8 * len(lengths)).astype(np.int32)  # pages of a sequence are nowhere side by side
+        self.pages = [SequencePages(own, own) for own in np.split(order, len(lengths))]
+        for text, pages in zip(self.texts, self.pages, strict=True):
+            engine.encode([EncodeRow(text[start : start + PAGE], start, pages) for start in range(0, len(text), PAGE)])
+
+    def draft_row(self, slot: int) -> DraftRow:
+        return DraftRow(slot, len(self.texts[slot]), self.pages[slot], int(self.texts[slot][-1]))
+
+    def row(self, slot: int, first: bool) -> DenoiseRow:
+        position = len(self.texts[slot])
+        return DenoiseRow(slot, self.noise[slot], self.uniforms[slot], 0.7, position, self.pages[slot], first)
+
+    def step(self, *slots: int, first: bool = True) -> DenoiseResult:
+        return self.engine.denoise([self.row(slot, first) for slot in slots])
+
+    def commit(self, slot: int) -> None:
+        canvas = self.noise[slot]
+        self.engine.denoise([], [CommitRow(slot, canvas, len(self.texts[slot]), self.pages[slot])])
+        self.texts[slot] = np.concatenate([self.texts[slot], canvas])
 
 
 @pytest.fixture(scope="session")

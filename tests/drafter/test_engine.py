@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.drafter.conftest import CANVAS, PAGE, Slots
 
 from dgemma_build.checkpoint import Checkpoint
 from dgemma_build.drafter.checkpoint import DrafterCheckpoint
@@ -15,10 +16,7 @@ from dgemma_build.drafter.features import ContextEncoder, stack
 from dgemma_build.drafter.network import Drafter
 from dgemma_runtime.contract import (
     CommitRow,
-    DenoiseResult,
-    DenoiseRow,
     DraftRow,
-    EncodeRow,
     EngineLimits,
     Float32Array,
     Int32Array,
@@ -29,33 +27,6 @@ from dgemma_runtime.errors import EngineMemoryError
 from dgemma_runtime.memory_formulas import drafter_host_memory
 
 LENGTHS = (1, 5, 16, 17, 40)  # of contexts; sliding layers see 16 tokens
-CANVAS, VOCAB, PAGE = 12, 211, 8
-
-
-class Harness:
-    """An engine whose slots have pages of their own, and the contexts in them."""
-
-    def __init__(self, engine: OnnxRuntimeEngine) -> None:
-        self.engine = engine
-        random = np.random.default_rng(3)
-        self.texts = [random.integers(VOCAB, size=length).astype(np.int32) for length in LENGTHS]
-        self.uniforms = random.random((len(LENGTHS), CANVAS), dtype=np.float32)
-        self.noise = random.integers(VOCAB, size=(len(LENGTHS), CANVAS)).astype(np.int32)
-        order = random.permutation(8 * len(LENGTHS)).astype(np.int32)  # pages of a sequence are nowhere side by side
-        self.pages = [SequencePages(own, own) for own in np.split(order, len(LENGTHS))]
-        for text, pages in zip(self.texts, self.pages, strict=True):
-            engine.encode([EncodeRow(text, 0, pages)])
-
-    def draft_row(self, slot: int) -> DraftRow:
-        text = self.texts[slot]
-        return DraftRow(slot, len(text), self.pages[slot], int(text[-1]))
-
-    def step(self, *slots: int, first: bool = True) -> DenoiseResult:
-        return self.engine.denoise([self.row(slot, first) for slot in slots])
-
-    def row(self, slot: int, first: bool) -> DenoiseRow:
-        position = len(self.texts[slot])
-        return DenoiseRow(slot, self.noise[slot], self.uniforms[slot], 0.7, position, self.pages[slot], first)
 
 
 def limits(slots: int = len(LENGTHS)) -> EngineLimits:
@@ -63,16 +34,16 @@ def limits(slots: int = len(LENGTHS)) -> EngineLimits:
 
 
 @pytest.fixture
-def harness(denoiser_engine: Path, drafter_engine: Path) -> Iterator[Harness]:
+def harness(denoiser_engine: Path, drafter_engine: Path) -> Iterator[Slots]:
     engine = OnnxRuntimeEngine(denoiser_engine, limits(), 1, drafter_engine)
-    yield Harness(engine)
+    yield Slots(engine, LENGTHS)
     engine.close()
 
 
 @pytest.fixture
-def plain(denoiser_engine: Path) -> Iterator[Harness]:
+def plain(denoiser_engine: Path) -> Iterator[Slots]:
     engine = OnnxRuntimeEngine(denoiser_engine, limits(), 1)
-    yield Harness(engine)
+    yield Slots(engine, LENGTHS)
     engine.close()
 
 
@@ -94,7 +65,7 @@ def reference(denoiser: Path, drafter: Path, texts: list[Int32Array]) -> tuple[I
     return top.indices.numpy().astype(np.int32), top.values.numpy(), margins
 
 
-def test_drafts_are_those_of_the_torch_module(harness: Harness, denoiser: Path, drafter: Path) -> None:
+def test_drafts_are_those_of_the_torch_module(harness: Slots, denoiser: Path, drafter: Path) -> None:
     ids, confidences, margins = reference(denoiser, drafter, harness.texts)
     found = harness.engine.draft([harness.draft_row(slot) for slot in range(len(LENGTHS))])
     assert np.abs(found.confidences - confidences).max() < 1e-4
@@ -104,7 +75,7 @@ def test_drafts_are_those_of_the_torch_module(harness: Harness, denoiser: Path, 
     assert len(np.unique(ids)) > CANVAS  # the contexts are told apart
 
 
-def test_a_row_alone_is_drafted_as_among_others(harness: Harness) -> None:
+def test_a_row_alone_is_drafted_as_among_others(harness: Slots) -> None:
     together = harness.engine.draft([harness.draft_row(slot) for slot in range(len(LENGTHS))])
     for slot in range(len(LENGTHS)):
         alone = harness.engine.draft([harness.draft_row(slot)])
@@ -112,13 +83,13 @@ def test_a_row_alone_is_drafted_as_among_others(harness: Harness) -> None:
         assert np.allclose(alone.confidences[0], together.confidences[slot], atol=1e-6)
 
 
-def test_rows_come_back_in_the_order_in_which_they_were_asked_for(harness: Harness) -> None:
+def test_rows_come_back_in_the_order_in_which_they_were_asked_for(harness: Slots) -> None:
     rows = [harness.draft_row(slot) for slot in range(len(LENGTHS))]
     forward, backward = harness.engine.draft(rows), harness.engine.draft(rows[::-1])
     assert np.array_equal(forward.token_ids, backward.token_ids[::-1])
 
 
-def test_a_draft_changes_nothing_of_the_steps_after_it(harness: Harness, plain: Harness) -> None:
+def test_a_draft_changes_nothing_of_the_steps_after_it(harness: Slots, plain: Slots) -> None:
     slots = range(len(LENGTHS))
     harness.engine.draft([harness.draft_row(slot) for slot in slots])
     for first in (True, False, False):
@@ -127,7 +98,7 @@ def test_a_draft_changes_nothing_of_the_steps_after_it(harness: Harness, plain: 
         assert np.array_equal(drafted.entropies, expected.entropies)
 
 
-def test_a_draft_beside_canvases_at_work_changes_nothing_of_theirs(harness: Harness, plain: Harness) -> None:
+def test_a_draft_beside_canvases_at_work_changes_nothing_of_theirs(harness: Slots, plain: Slots) -> None:
     for one in (harness, plain):
         one.step(0, 2, 4)
     harness.engine.draft([harness.draft_row(slot) for slot in (1, 3)])
@@ -138,7 +109,7 @@ def test_a_draft_beside_canvases_at_work_changes_nothing_of_theirs(harness: Harn
 
 
 def test_the_canvas_behind_a_commit_is_drafted_from_what_was_committed(
-    harness: Harness, denoiser: Path, drafter: Path
+    harness: Slots, denoiser: Path, drafter: Path
 ) -> None:
     canvas = harness.step(2).argmax_ids[0]
     harness.engine.denoise([], [CommitRow(2, canvas, LENGTHS[2], harness.pages[2])])
@@ -150,11 +121,12 @@ def test_the_canvas_behind_a_commit_is_drafted_from_what_was_committed(
 
 
 def test_a_draft_that_finds_no_memory_leaves_its_slots_free(
-    harness: Harness, plain: Harness, monkeypatch: pytest.MonkeyPatch
+    harness: Slots, plain: Slots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object) -> None:
         raise MemoryError("no memory for a test")
 
+    assert isinstance(harness.engine, OnnxRuntimeEngine)
     with monkeypatch.context() as patch:
         patch.setattr(harness.engine._drafter, "_run", fail)
         with pytest.raises(EngineMemoryError, match="lower max_batch_size"):
@@ -162,7 +134,7 @@ def test_a_draft_that_finds_no_memory_leaves_its_slots_free(
     assert np.array_equal(harness.step(0, 1).argmax_ids, plain.step(0, 1).argmax_ids)
 
 
-def test_the_engine_names_its_drafter(harness: Harness, plain: Harness) -> None:
+def test_the_engine_names_its_drafter(harness: Slots, plain: Slots) -> None:
     assert plain.engine.drafter is None
     assert harness.engine.drafter is not None
     assert harness.engine.drafter.reads == (1, 2, 3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.drafter.conftest import CANVAS, PAGE, Slots
 from typer.testing import CliRunner
 
 from dgemma_build.cli import app
@@ -19,12 +20,9 @@ from dgemma_build.emulation import EmulatedBackend, build_emulated, build_emulat
 from dgemma_build.engine import BuildRequest, build_engine
 from dgemma_runtime.codec import Codec
 from dgemma_runtime.contract import (
-    CommitRow,
     DenoiseResult,
-    DenoiseRow,
     DraftRow,
     EncodeRow,
-    Engine,
     EngineLimits,
     Manifest,
     SequencePages,
@@ -41,42 +39,8 @@ from dgemma_runtime.settings import RuntimeSettings
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "build/checkpoints"
 LENGTHS = (1, 5, 16, 40)  # of contexts; sliding layers see 16 tokens
-CANVAS, VOCAB, PAGE = 12, 211, 8
 LIMITS = EngineLimits(len(LENGTHS), 64, PAGE, 8 * len(LENGTHS), 8 * len(LENGTHS))
 PRECISIONS = (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp8"))
-
-
-class Slots:
-    """An engine whose slots have pages of their own, and the contexts in them."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        random = np.random.default_rng(3)
-        self.texts = [random.integers(VOCAB, size=length).astype(np.int32) for length in LENGTHS]
-        self.uniforms = random.random((len(LENGTHS), CANVAS), dtype=np.float32)
-        self.noise = random.integers(VOCAB, size=(len(LENGTHS), CANVAS)).astype(np.int32)
-        order = random.permutation(8 * len(LENGTHS)).astype(np.int32)  # pages of a sequence are nowhere side by side
-        self.pages = [SequencePages(own, own) for own in np.split(order, len(LENGTHS))]
-        for text, pages in zip(self.texts, self.pages, strict=True):
-            engine.encode([EncodeRow(text[start : start + PAGE], start, pages) for start in range(0, len(text), PAGE)])
-
-    def row(self, slot: int) -> DraftRow:
-        return DraftRow(slot, len(self.texts[slot]), self.pages[slot], int(self.texts[slot][-1]))
-
-    def step(self, *slots: int, first: bool = True) -> DenoiseResult:
-        return self.engine.denoise(
-            [
-                DenoiseRow(
-                    slot, self.noise[slot], self.uniforms[slot], 0.7, len(self.texts[slot]), self.pages[slot], first
-                )
-                for slot in slots
-            ]
-        )
-
-    def commit(self, slot: int) -> None:
-        canvas = self.noise[slot]
-        self.engine.denoise([], [CommitRow(slot, canvas, len(self.texts[slot]), self.pages[slot])])
-        self.texts[slot] = np.concatenate([self.texts[slot], canvas])
 
 
 Built = Callable[[str, str], tuple[Path, Path]]
@@ -103,7 +67,7 @@ def pair(request: pytest.FixtureRequest, built: Built) -> Iterator[tuple[Slots, 
     """With the drafter and without."""
     engine, drafter = built(*request.param)
     engines = [open_emulated(engine, LIMITS, 1, draft_model) for draft_model in (drafter, None)]
-    yield Slots(engines[0]), Slots(engines[1])
+    yield Slots(engines[0], LENGTHS), Slots(engines[1], LENGTHS)
     for one in engines:
         one.close()
 
@@ -112,7 +76,7 @@ def pair(request: pytest.FixtureRequest, built: Built) -> Iterator[tuple[Slots, 
 def expected(denoiser_engine: Path, drafter_engine: Path) -> Iterator[Slots]:
     """On ONNX Runtime, whose drafts are held to the torch module."""
     engine = OnnxRuntimeEngine(denoiser_engine, LIMITS, 1, drafter_engine)
-    yield Slots(engine)
+    yield Slots(engine, LENGTHS)
     engine.close()
 
 
@@ -121,7 +85,7 @@ BARS = {"fp32": (1e-5, 1e-6, 1.0), "bf16": (0.02, 2e-3, 0.95), "fp8": (0.03, 4e-
 
 
 def close(found: Slots, expected: Slots) -> None:
-    rows = [found.row(slot) for slot in (3, 0, 2, 1)]
+    rows = [found.draft_row(slot) for slot in (3, 0, 2, 1)]
     ours, theirs = found.engine.draft(rows), expected.engine.draft(rows)
     most, mean, agreeing = BARS[found.engine.manifest.kv_dtype]
     errors = np.abs(ours.confidences - theirs.confidences)
@@ -146,9 +110,9 @@ def test_the_canvas_behind_a_commit_is_drafted_from_what_was_committed(
 
 def test_a_row_alone_is_drafted_as_among_others(pair: tuple[Slots, Slots]) -> None:
     slots, _ = pair
-    together = slots.engine.draft([slots.row(slot) for slot in range(len(LENGTHS))])
+    together = slots.engine.draft([slots.draft_row(slot) for slot in range(len(LENGTHS))])
     for slot in (3, 1, 0, 2):
-        alone = slots.engine.draft([slots.row(slot)])
+        alone = slots.engine.draft([slots.draft_row(slot)])
         assert np.allclose(alone.confidences[0], together.confidences[slot], atol=1e-5)
         assert np.array_equal(alone.token_ids[0], together.token_ids[slot])
 
@@ -158,14 +122,14 @@ def test_a_draft_changes_nothing_of_the_steps_after_it(pair: tuple[Slots, Slots]
     drafted, plain = pair
     for slots in pair:
         slots.step(0, 3)
-    drafted.engine.draft([drafted.row(slot) for slot in (1, 2)])  # begins again below
+    drafted.engine.draft([drafted.draft_row(slot) for slot in (1, 2)])  # begins again below
     same(drafted.step(0, 3, first=False), plain.step(0, 3, first=False))
-    drafted.engine.draft([drafted.row(slot) for slot in (2, 1)])
+    drafted.engine.draft([drafted.draft_row(slot) for slot in (2, 1)])
     same(drafted.step(1, 2), plain.step(1, 2))
     same(drafted.step(0, 1, 2, 3, first=False), plain.step(0, 1, 2, 3, first=False))
     for slots in pair:
         slots.commit(2)
-    drafted.engine.draft([drafted.row(2)])
+    drafted.engine.draft([drafted.draft_row(2)])
     same(drafted.step(2), plain.step(2))
     same(drafted.step(2, 1, first=False), plain.step(2, 1, first=False))
 
@@ -180,7 +144,7 @@ def test_a_context_is_laid_out_once_for_draft_and_step(pair: tuple[Slots, Slots]
     drafted = pair[0]
     devices = [slots.engine._device for slots in pair]  # type: ignore[attr-defined]
     before = [device.copies for device in devices]
-    drafted.engine.draft([drafted.row(slot) for slot in range(len(LENGTHS))])
+    drafted.engine.draft([drafted.draft_row(slot) for slot in range(len(LENGTHS))])
     for slots in pair:
         slots.step(*range(len(LENGTHS)))
     copies = [device.copies - count for device, count in zip(devices, before, strict=True)]
@@ -198,21 +162,21 @@ def test_a_draft_that_fails_leaves_its_slots_free(pair: tuple[Slots, Slots], mon
     with monkeypatch.context() as patch:
         patch.setattr(drafted.engine._drafter, "_run", fail)  # type: ignore[attr-defined]
         with pytest.raises(EngineError, match="fails for a test"):
-            drafted.engine.draft([drafted.row(0), drafted.row(1)])
+            drafted.engine.draft([drafted.draft_row(0), drafted.draft_row(1)])
     same(drafted.step(0, 1), plain.step(0, 1))
     same(drafted.step(3, first=False), plain.step(3, first=False))
 
 
 def test_a_slot_that_is_released_behind_its_draft_begins_again(pair: tuple[Slots, Slots]) -> None:
     drafted, plain = pair
-    drafted.engine.draft([drafted.row(0), drafted.row(1)])
+    drafted.engine.draft([drafted.draft_row(0), drafted.draft_row(1)])
     drafted.engine.release(0)
     same(drafted.step(1, 0), plain.step(1, 0))
 
 
 def test_without_memory_a_draft_does_not_count(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = open_emulated(*_with_limits(built), draft_model=built("bf16", "bf16")[1])
-    slots = Slots(engine)
+    slots = Slots(engine, LENGTHS)
 
     def full(*arguments: object) -> None:
         raise OutOfMemory(1, "the contexts of a test", 0)
@@ -220,8 +184,8 @@ def test_without_memory_a_draft_does_not_count(built: Built, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr("dgemma_runtime.engines.tensorrt.Workspace", full)
         with pytest.raises(EngineMemoryError, match="the contexts of a test"):
-            engine.draft([slots.row(0)])
-    first = engine.draft([slots.row(0)])
+            engine.draft([slots.draft_row(0)])
+    first = engine.draft([slots.draft_row(0)])
     assert first.token_ids.shape == (1, CANVAS)
     device = engine._device
     engine.close()
