@@ -7,7 +7,6 @@ are `layers.3.encoder_layer_scalar` and `layers.3.decoder_layer_scalar`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from dgemma_build.text_config import Rope, TextConfig, parse_config, read_config, read_json
-from dgemma_runtime.contract import SLIDING, file_sha256
+from dgemma_runtime.contract import SLIDING, checkpoint_sha256
 from dgemma_runtime.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Rope", "TextConfig", "canonical_name", "expected_shapes", "parse_config", "read_config"]
@@ -85,11 +84,7 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Hash over the names and contents of config and weight files."""
-        digest = hashlib.sha256()
-        paths = sorted({stored.path for stored in self._where.values()})
-        for path in [self.directory / "config.json", *paths]:
-            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
-        return digest.hexdigest()
+        return checkpoint_sha256(self.directory, {stored.path for stored in self._where.values()})
 
     def _read(self, name: str, index: int | slice | None = None) -> Array:
         """The tensor stored as `name`, or the part of it at `index` of its first axis; all its values are finite."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma_nim.configuration import Configuration
-from dgemma_runtime.contract import MANIFEST_FILE, Manifest, file_sha256
+from dgemma_runtime.contract import MANIFEST_FILE, Manifest, checkpoint_sha256
 from dgemma_runtime.errors import ConfigurationError
 
 _HF = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+?)(?:[:@](?P<revision>[\w./-]+))?")
@@ -43,7 +43,7 @@ class Checkpoint:
         return hashlib.sha256(json.dumps(facts).encode() + content).hexdigest()[:12]
 
     def sha256(self) -> str:
-        """The checkpoint_sha256 of its engines, as the exporter computes it; reads every weight.
+        """The checkpoint_sha256 of its engines; reads every weight.
 
         Raises ConfigurationError.
         """
@@ -51,12 +51,11 @@ class Checkpoint:
         if index is not None:
             weight_map = index.get("weight_map")
             names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-        digest = hashlib.sha256()
-        for path in (self.directory / MANIFEST_FILE, *sorted(self.directory / name for name in names)):
+        weights = [self.directory / name for name in names]
+        for path in (self.directory / "config.json", *weights):
             if not path.is_file():
                 raise ConfigurationError(f"{path}: not found; complete the checkpoint")
-            digest.update(f"{path.name} {file_sha256(path)}\n".encode())
-        return digest.hexdigest()
+        return checkpoint_sha256(self.directory, weights)
 
 
 @dataclass(frozen=True)
